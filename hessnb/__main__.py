@@ -1,0 +1,5 @@
+"""``python -m hessnb``: the command line."""
+
+from hessnb.cli import main
+
+main(prog_name="hessnb")

@@ -1,0 +1,219 @@
+"""The command line: run the paper's artefacts, see what is there, publish the record, build the book."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import hessnb
+from hessnb import data
+from hessnb.errors import InputError, RunFailed
+from hessnb.experiments import grid, record, status
+from hessnb.experiments.run import Report, compute
+from hessnb.experiments.store import Store
+
+console = Console()
+errors = Console(stderr=True)
+
+store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    help="Folder of results. Default: $HESSNB_STORE, else the user's data folder.",
+)
+profile_option = click.option(
+    "--profile",
+    default="quick",
+    show_default=True,
+    help="Scale: smoke, quick, laptop, paper, or a TOML file of your own.",
+)
+seeds_option = click.option("--seeds", type=int, help="How many seeds, from 0. Default: what the profile says.")
+
+
+class Commands(click.Group):
+    """A group that turns the package's own errors into one line and an exit code: 2 bad input, 1 failed, 130 stopped."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except InputError as error:
+            self._stop(error, 2)
+        except RunFailed as error:
+            self._stop(error, 1)
+        except KeyboardInterrupt:
+            self._stop("stopped; what was finished is kept, and the same command goes on from there", 130)
+
+    @staticmethod
+    def _stop(message: object, code: int) -> None:
+        click.echo(f"hessnb: {message}", err=True)
+        sys.exit(code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(hessnb.__version__, prog_name="hessnb")
+def main() -> None:
+    """Re-do "Hessian-based Analysis of Large Batch Training and Robustness to Adversaries" (Yao et al., 2018).
+
+    \b
+    A first session:
+        hessnb run table7                       Table 7 on real digits, minutes
+        hessnb status                           what is there, what is missing
+        hessnb data fetch mnist                 the published data
+        hessnb run table7 --profile laptop      the same on all of MNIST, hours
+        hessnb book                             execute the notebooks, build the HTML
+
+    Exit codes: 0 done, 1 a training or a notebook failed, 2 bad input, 130 interrupted.
+    Whatever is interrupted goes on from where it stopped when the same command is given again.
+    """
+
+
+@main.command()
+@click.argument("artefacts", nargs=-1, required=True)
+@profile_option
+@seeds_option
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
+@store_option
+def run(artefacts: tuple[str, ...], profile: str, seeds: int | None, device: str, store: Path | None) -> None:
+    """Compute what ARTEFACTS (table7, fig1) need and the store lacks.
+
+    One seed is finished for all of its batch sizes before the next one starts. Finished epochs and results are kept:
+    interrupt it when you like and give the same command again.
+    """
+    loaded = grid.load_profile(profile)
+    tasks = _tasks(artefacts, loaded, seeds)
+    with _progress() as report:
+        outcomes = compute(Store(store), tasks, device=device, report=report)
+    failed = [o for o in outcomes if o.result is not None and o.result.status == "failed"]
+    console.print(f"{len(outcomes) - len(failed)} of {len(outcomes)} networks trained and measured")
+    if failed:
+        lines = "; ".join(f"{o.task.spec.label}: {o.result.reason}" for o in failed if o.result)
+        raise RunFailed(f"{len(failed)} training(s) failed, kept with their history: {lines}")
+
+
+@main.command("status")
+@profile_option
+@seeds_option
+@click.option("--all", "all_profiles", is_flag=True, help="All profiles, not only one.")
+@store_option
+def status_command(profile: str, seeds: int | None, all_profiles: bool, store: Path | None) -> None:
+    """Say for each artefact what is there, what is missing, and about how long the rest will take on this machine."""
+    table = Table("Artefact", "Profile", "Seeds", "State", "Networks", "Measures", "Left")
+    opened = Store(store)
+    for name in grid.profile_names() if all_profiles else [profile]:
+        for line in status.lines(opened, grid.load_profile(name), seeds):
+            table.add_row(
+                line.artefact, line.profile, str(line.seeds), line.state,
+                f"{line.runs_done}/{line.runs}", f"{line.measures_done}/{line.measures}", line.left,
+            )  # fmt: skip
+    console.print(table)
+
+
+@main.command("record")
+@click.argument("artefacts", nargs=-1)
+@click.option("--profile", default="paper", show_default=True, help="The scale whose results are published.")
+@store_option
+@click.option(
+    "--into", type=click.Path(path_type=Path), help="Folder of the record. Default: book/record of this checkout."
+)
+def record_command(artefacts: tuple[str, ...], profile: str, store: Path | None, into: Path | None) -> None:
+    """Publish what the store holds of ARTEFACTS (default: all): numbers and curves with their provenance, no weights."""
+    folder = into or record.record_root()
+    if folder is None:
+        raise InputError("there is no book around this folder; name the record's folder with --into")
+    changed = record.publish(Store(store), folder, grid.load_profile(profile), artefacts)
+    for path in changed:
+        console.print(f"wrote {path}", soft_wrap=True)
+    console.print(f"{len(changed)} file(s) changed in {folder}", soft_wrap=True)
+
+
+@main.group("store")
+def store_group() -> None:
+    """Look after the store of results."""
+
+
+@store_group.command("check")
+@store_option
+def store_check(store: Path | None) -> None:
+    """Read every file of the store and verify its checksum; exit code 2 when one is damaged."""
+    opened = Store(store)
+    faults = opened.check()
+    for fault in faults:
+        click.echo(fault, err=True)
+    if faults:
+        raise InputError(f"{len(faults)} damaged file(s) in {opened.root}")
+    console.print(f"{opened.root}: every file is whole", soft_wrap=True)
+
+
+@main.group("data")
+def data_group() -> None:
+    """See and fetch the data sets."""
+
+
+@data_group.command("list")
+@click.option(
+    "--root", type=click.Path(path_type=Path), help="Data folder. Default: $HESSNB_DATA, else the user's cache."
+)
+def data_list(root: Path | None) -> None:
+    """List the data sets, and where each would be read from."""
+    table = Table("Set", "Found", title=f"data folder: {data.data_root(root)}", title_justify="left")
+    for name in data.NAMES:
+        table.add_row(name, data.where(name, root) or f"missing; get it with: hessnb data fetch {name}")
+    console.print(table)
+
+
+@data_group.command("fetch")
+@click.argument("names", nargs=-1, required=True)
+@click.option(
+    "--root", type=click.Path(path_type=Path), help="Data folder. Default: $HESSNB_DATA, else the user's cache."
+)
+def data_fetch(names: tuple[str, ...], root: Path | None) -> None:
+    """Download published sets (mnist, cifar10, cifar100) with torchvision, or convert what it has already downloaded."""
+    for name in names:
+        console.print(f"{name}: {data.fetch(name, root)}", soft_wrap=True)
+
+
+def _tasks(artefacts: Sequence[str], profile: grid.Profile, seeds: int | None) -> list[grid.Task]:
+    """Return the tasks of several artefacts, all of one seed before the next, what they share only once."""
+    n = profile.seeds if seeds is None else seeds
+    if n < 1:
+        raise InputError(f"--seeds {n}: at least one is needed")
+    merged: dict[str, grid.Task] = {}
+    for seed in range(n):
+        for task in (t for name in artefacts for t in grid.artefact(name).tasks_of_seed(profile, seed)):
+            earlier = merged.get(task.spec.key)
+            measures = dict.fromkeys((*earlier.measures, *task.measures)) if earlier else task.measures
+            merged[task.spec.key] = grid.Task(task.spec, tuple(measures))
+    return list(merged.values())
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """Show one bar for each piece of work on a terminal; elsewhere one line when a piece ends."""
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}"), console=errors, disable=not errors.is_terminal,
+    )  # fmt: skip
+    known: dict[str, TaskID] = {}
+
+    def report(what: str, share: float, detail: str) -> None:
+        if bars.disable:
+            if share >= 1:
+                click.echo(f"{what}: {detail or 'done'}", err=True)
+            return
+        if what not in known:
+            known[what] = bars.add_task(what, total=1.0, detail=detail)
+        bars.update(known[what], completed=share, detail=detail)
+
+    with bars:
+        yield report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""The two errors that a user of hessnb is meant to read: each message says what is wrong, where, and what to do."""
+
+
+class InputError(ValueError):
+    """Something given to hessnb (a name, a file, a number, a device) cannot be used; the command line exits with 2."""
+
+
+class RunFailed(RuntimeError):
+    """A computation was carried out and did not succeed (a training diverged, a notebook raised); exits with 1."""
+
+
+def unknown(kind: str, name: object, known: list[str]) -> InputError:
+    """Return the error for a name that is not among ``known``, listing what there is to choose from."""
+    return InputError(f"unknown {kind} {name!r}; there is: {', '.join(known)}")

@@ -1,0 +1,67 @@
+"""Where a number came from: code, versions, machine, time."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import hessnb
+
+
+def provenance(*, device: torch.device, seed: int, seconds: float) -> dict[str, Any]:
+    """Return the provenance of a result computed just now: ``seconds`` of work, peak memory of this process in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "hessnb": hessnb.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "seed": seed,
+        "seconds": round(seconds, 3),
+        "peak_memory_mib": round(peak),
+    }
+
+
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """Return the commit of the package's own repository, with ``+changes`` if it was modified; None outside of one."""
+    folder = Path(hessnb.__file__).parent
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:  # a copy inside somebody else's repository
+        return None
+    head = git("rev-parse", "HEAD")
+    return f"{head}+changes" if head and git("status", "--porcelain", "--", str(folder)) else head
+
+
+@lru_cache
+def device_name(device: torch.device) -> str:
+    """Return a readable name of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,143 @@
+"""What identifies a result: the specification of a trained network (`RunSpec`) and of a thing computed on it (`Measure`).
+
+Both are frozen and validated, and have a key: the first 16 hex digits of the SHA-256 of their canonical JSON, in which
+fields that are None do not appear, so that a field added later (with None for "as before") changes no key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from hessnb import data, models
+from hessnb.errors import InputError, unknown
+from hessnb.training import Recipe
+
+
+class Frozen(BaseModel):
+    """An immutable, strictly typed record without unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def parse(cls, content: Any, where: str) -> Self:
+        """Validate ``content``, or raise one InputError line that names ``where`` it came from and each wrong field."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            faults = [
+                f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg'].removeprefix('Value error, ')}"
+                for e in error.errors()
+            ]
+            raise InputError(f"{where}: {'; '.join(faults)}") from error
+
+    def canonical(self) -> str:
+        """Return the canonical JSON: sorted keys, no spaces, nothing that is None."""
+        content = self.model_dump(mode="json", exclude_none=True)
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @property
+    def key(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()[:16]
+
+
+class DataSpec(Frozen):
+    """A data set by name, or its first samples (see `hessnb.data.load`)."""
+
+    name: str
+    n_train: PositiveInt | None = None
+    n_test: PositiveInt | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in data.NAMES:
+            raise unknown("data set", name, list(data.NAMES))
+        return name
+
+
+class ModelSpec(Frozen):
+    """A network of Table 6 by name (see `hessnb.models.build`)."""
+
+    name: str
+    width: PositiveFloat | None = None
+    variant: str | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.name not in models.MODELS:
+            raise unknown("model", self.name, list(models.MODELS))
+        if self.variant not in (None, *models.VARIANTS.get(self.name, ())):
+            raise unknown(f"variant of {self.name}", self.variant, list(models.VARIANTS.get(self.name, ())))
+        return self
+
+
+class RunSpec(Frozen):
+    """One trained network: which data, which model, which recipe (with its seed)."""
+
+    data: DataSpec
+    model: ModelSpec
+    recipe: Recipe
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _from_mapping(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            try:
+                return Recipe(**value)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+        return value
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        needed = models.INPUT_SHAPES[self.model.name][0]
+        given = 1 if self.data.name in ("mnist", "mnist5k") else 3
+        if needed != given:
+            raise InputError(f"{self.model.name} takes {needed} colour channels, {self.data.name} has {given}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """A short readable name, not unique: network, data, batch size, seed."""
+        return f"{self.model.name}-{self.data.name}-b{self.recipe.batch_size}-s{self.recipe.seed}"
+
+    @property
+    def slug(self) -> str:
+        """The label and the key: a unique name for files and folders."""
+        return f"{self.label}-{self.key}"
+
+
+class Spectrum(Frozen):
+    """The ``k`` Hessian eigenvalues of largest magnitude, over a split, to a relative residual of ``tol`` (section 3.1)."""
+
+    kind: Literal["spectrum"] = "spectrum"
+    split: Literal["train", "test"]
+    k: PositiveInt
+    tol: PositiveFloat
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        return f"spectrum-{self.split}-k{self.k}"
+
+    @property
+    def slug(self) -> str:
+        """The label and the key: a unique name for files."""
+        return f"{self.label}-{self.key}"
+
+
+# Further kinds of measure join here as a union that pydantic tells apart by ``kind``.
+Measure = Spectrum

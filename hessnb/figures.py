@@ -1,0 +1,150 @@
+"""Figures in one style: colour-blind safe (Okabe and Ito, 2008), the paper's axes, SVG, readable at phone width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hessnb.data import Splits
+from hessnb.experiments.run import Outcome
+from hessnb.experiments.spec import Spectrum
+from hessnb.paper.published import published
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw inside with the book's style."""
+    settings = {
+        "axes.prop_cycle": plt.cycler(color=COLOURS),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "font.size": 12,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "hessnb",  # the same figure gives the same bytes
+    }
+    with plt.rc_context(settings):
+        yield
+
+
+def _new(columns: int = 1, *, height: float = 3.6, width: float = 6.0) -> tuple[Figure, list[plt.Axes]]:
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    plt.close(figure)  # it is shown as the value of its cell, once
+    return figure, list(axes[0])
+
+
+def samples(sets: Mapping[str, Splits], n: int = 10) -> Figure:
+    """Show the first ``n`` training images of each set, one row a set."""
+    figure, axes = plt.subplots(len(sets), n, figsize=(6.4, 0.85 * len(sets)), layout="constrained", squeeze=False)
+    plt.close(figure)
+    for row, (name, splits) in zip(axes, sets.items(), strict=True):
+        for axis, image, label in zip(row, splits.train.images, splits.train.labels, strict=False):
+            axis.imshow(image.permute(1, 2, 0).squeeze().numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set_title(splits.classes[int(label)], fontsize=9)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(name, fontsize=9)
+    return figure
+
+
+def training_curves(outcomes: Sequence[Outcome]) -> Figure:
+    """Show training loss against epochs (left) and against optimiser steps (right), one line a run."""
+    with style():
+        figure, (left, right) = _new(2, width=7.0)
+        for i, outcome in enumerate(o for o in outcomes if o.result):
+            recipe, history = outcome.task.spec.recipe, outcome.result.history if outcome.result else []
+            data = outcome.task.spec.data
+            losses = [epoch.train_loss for epoch in history]
+            epochs = [epoch.epoch for epoch in history]
+            steps = [epoch * -(-(data.n_train or 60_000) // recipe.batch_size) for epoch in epochs]
+            line = {"color": COLOURS[i % len(COLOURS)], "label": f"B = {recipe.batch_size}"}
+            left.loglog(epochs, losses, **line)
+            right.loglog(steps, losses, **line)
+        left.set(xlabel="epoch", ylabel="training loss")
+        right.set(xlabel="optimiser step")
+        right.legend(fontsize=10)
+    return figure
+
+
+def spectra(outcomes: Sequence[Outcome]) -> Figure:
+    """Show the top eigenvalues of the training loss against their index, one line a batch size (the paper's Fig. 1)."""
+    with style():
+        figure, (axis,) = _new()
+        for i, outcome in enumerate(outcomes):
+            for measure, found in outcome.measurements.items():
+                if isinstance(measure, Spectrum) and measure.split == "train":
+                    eigenvalues = found.values["eigenvalues"]
+                    axis.semilogy(
+                        range(1, len(eigenvalues) + 1),
+                        eigenvalues,
+                        marker=MARKERS[i % len(MARKERS)],
+                        color=COLOURS[i % len(COLOURS)],
+                        label=f"B = {outcome.task.spec.recipe.batch_size}",
+                    )
+        axis.set(xlabel="index of the eigenvalue", ylabel="eigenvalue of the training Hessian")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(ncols=2, fontsize=10)
+    return figure
+
+
+def lambda1_against_batch(live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
+    """Show the dominant eigenvalue on training and test set against batch size: live, recorded, and the paper's."""
+    paper = published("table7")
+    with style():
+        figure, axes = _new(2, width=7.0)
+        for axis, split in zip(axes, ("train", "test"), strict=True):
+            axis.loglog(paper.index, paper[f"lambda1_{split}"], "--", marker="x", color=COLOURS[6], label="paper")
+            for label, outcomes, i in (("ours, paper's scale", record, 0), ("ours, live", live, 1)):
+                points = sorted(_lambda1_points(outcomes, split))
+                if points:
+                    axis.loglog(*zip(*points, strict=True), marker=MARKERS[i], color=COLOURS[i], label=label)
+            axis.set(title=f"{'training' if split == 'train' else 'test'} set", xlabel="batch size")
+        axes[0].set_ylabel("dominant eigenvalue")
+        axes[0].legend(fontsize=10)
+    return figure
+
+
+def input_spectra(cases: Mapping[str, Tensor], n: int = 20) -> Figure:
+    """Show the ``n`` largest |eigenvalues| of input Hessians, each relative to the first, one line a case (n_cases of (d,))."""
+    with style():
+        figure, (axis,) = _new()
+        for i, (label, eigenvalues) in enumerate(cases.items()):
+            magnitudes = eigenvalues.abs().sort(descending=True).values[:n]
+            shown = (magnitudes / magnitudes[0]).clamp_min(1e-20)
+            index = torch.arange(1, len(shown) + 1)
+            axis.semilogy(index, shown, marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], label=label)
+        axis.set(xlabel="index of the eigenvalue", ylabel="|eigenvalue| / largest", ylim=(1e-20, 3))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=10)
+    return figure
+
+
+def loss_on_line(positions: Tensor, losses: Mapping[str, Tensor]) -> Figure:
+    """Show the loss along a straight line between two inputs: positions (m,), losses (m,) by label."""
+    with style():
+        figure, (axis,) = _new()
+        for label, values in losses.items():
+            axis.plot(positions, values, label=label)
+        axis.set(xlabel="position between the two images", ylabel="loss")
+        axis.legend(fontsize=10)
+    return figure
+
+
+def _lambda1_points(outcomes: Sequence[Outcome], split: str) -> Iterator[tuple[int, float]]:
+    for outcome in outcomes:
+        for measure, found in outcome.measurements.items():
+            if isinstance(measure, Spectrum) and measure.split == split:
+                yield outcome.task.spec.recipe.batch_size, found.values["eigenvalues"][0]

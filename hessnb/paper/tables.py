@@ -1,0 +1,193 @@
+"""Tables for the reader: results as the paper lays them out, the paper's own number beside each."""
+
+from __future__ import annotations
+
+import html
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from hessnb import data, models
+from hessnb.experiments.grid import artefact, load_profile
+from hessnb.experiments.record import recorded
+from hessnb.experiments.run import Outcome
+from hessnb.experiments.spec import Spectrum
+from hessnb.paper.published import published
+
+NOT_MEASURED = "not measured yet"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A captioned table that shows itself: numbered Markdown in the book, HTML in Jupyter."""
+
+    name: str
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def _repr_markdown_(self) -> str:
+        lines = [self.header, tuple("---:" if i else ":---" for i in range(len(self.header))), *self.rows]
+        body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        return f"```{{table}} {self.caption}\n:name: {self.name}\n:align: center\n\n{body}\n```\n"
+
+    def _repr_html_(self) -> str:
+        def line(tag: str, cells: tuple[str, ...]) -> str:
+            return (
+                "<tr>"
+                + "".join(f"<{tag}>{html.escape(cell).replace('&lt;br&gt;', '<br>')}</{tag}>" for cell in cells)
+                + "</tr>"
+            )
+
+        rows = "".join(line("td", row) for row in self.rows)
+        return f"<table><caption>{html.escape(self.caption)}</caption><thead>{line('th', self.header)}</thead><tbody>{rows}</tbody></table>"
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """Return one value, or the mean and the sample standard deviation of several; "not measured yet" for none."""
+    if not values:
+        return NOT_MEASURED
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table6() -> Table:
+    """Return Table 6 as it is built here: each network's input, layers, and weights as counted in the built network."""
+    rows = []
+    for name in models.MODELS:
+        model = models.build(name)
+        shape = " × ".join(map(str, models.INPUT_SHAPES[name]))
+        rows.append((name, shape, _LAYERS[name], f"{models.parameter_count(model):,}"))
+    return Table(
+        "tab-models",
+        "The networks of the paper's Table 6 as they are built here, with the weights counted. k × k, c is a convolution "
+        "with c channels; all activations are ReLU.",
+        ("Network", "Input", "Layers", "Weights"),
+        tuple(rows),
+    )
+
+
+def data_sets(names: Sequence[str]) -> Table:
+    """Return what each data set holds, counted in the loaded tensors; one that is not on this machine says so."""
+    rows = []
+    for name in names:
+        if data.where(name) is None:
+            rows.append((name, "not on this machine", *["–"] * 4))
+            continue
+        splits = data.load(name)
+        shape = " × ".join(map(str, splits.train.images.shape[1:]))
+        mean = splits.train.images.mean().item()
+        counts = (f"{len(splits.train):,}", f"{len(splits.test):,}")
+        rows.append((name, shape, *counts, f"{len(splits.classes)}", f"{mean:.3f}"))
+    return Table(
+        "tab-data",
+        "The data sets that were at hand when this page was made. Pixels are in [0, 1]; their mean says how dark a set is.",
+        ("Set", "Image", "Training", "Test", "Classes", "Mean pixel"),
+        tuple(rows),
+    )
+
+
+def table7(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return Table 7's accuracy and eigenvalue columns: ours beside the paper's, one row a batch size.
+
+    Batch sizes are those of ``outcomes`` and, for a record, all of the paper's. Several seeds give mean ± standard
+    deviation. A cell without a measurement says so.
+    """
+    paper = published("table7")
+    groups: dict[int, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        groups[outcome.task.spec.recipe.batch_size].append(outcome)
+    rows = []
+    for batch_size in sorted(groups):
+        cells = groups[batch_size]
+        rows.append(
+            (
+                str(batch_size),
+                _train_test([_final(cells, "train_accuracy", 100), _final(cells, "test_accuracy", 100)], 2),
+                _published(paper, batch_size, "accuracy", "{:g}"),
+                _train_test([_lambda1(cells, "train"), _lambda1(cells, "test")], 2),
+                _published(paper, batch_size, "lambda1", "{:.2f}"),
+                _train_test([[float(len(o.result.history)) for o in cells if o.result]], 0),
+                str(sum(o.result is not None for o in cells)),
+            )
+        )
+    header = ("Batch", "Accuracy %, ours", "paper", "λ₁, ours", "paper", "Epochs", "Seeds")
+    return Table(name, caption, header, tuple(rows))
+
+
+def table7_record(*, name: str = "tab-7-record") -> Table:
+    """Return Table 7 from the record at the paper's scale; batch sizes that have not been run say so."""
+    profile = load_profile("paper")
+    found = {outcome.task.spec: outcome for outcome in recorded("table7", "paper")}
+    planned = [Outcome(task, None, {}) for task in artefact("table7").tasks(profile, 1)]
+    planned = [outcome for outcome in planned if outcome.task.spec not in found]
+    return table7(
+        [*found.values(), *planned],
+        name=name,
+        caption="Table 7 at the paper's scale: M1 on all of MNIST, trained to loss 0.001. Values on the training set, on "
+        "the test set in brackets.",
+    )
+
+
+def provenance(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return where the numbers of a table come from: one row a run, with its key, machine, date and time."""
+    rows = []
+    for outcome in outcomes:
+        if outcome.result is None:
+            continue
+        told = outcome.result.provenance
+        seconds = told["seconds"] + sum(m.provenance["seconds"] for m in outcome.measurements.values())
+        commit = told["commit"] or "not in a repository"
+        rows.append(
+            (
+                outcome.task.spec.label,
+                outcome.task.spec.key,
+                outcome.result.reason,
+                f"{told['device']}, {told['threads']} threads",
+                f"torch {told['torch']}, {commit[:12]}{'+changes' if commit.endswith('+changes') else ''}",
+                told["date"][:10],
+                f"{seconds:,.0f} s",
+            )
+        )
+    header = ("Run", "Key", "Ended", "Machine", "Code", "Date", "Time")
+    return Table(name, caption, header, tuple(rows) or ((NOT_MEASURED, *[""] * 6),))
+
+
+_LAYERS = {
+    "M1": "5 × 5, 20 – max-pool 2 – 5 × 5, 50 – max-pool 2 – 500 – 10",
+    "C1": "5 × 5, 64 – BN – max-pool 3/2 – 5 × 5, 64 – BN – max-pool 3/2 – 384 – 192 – 10",
+    "C2": "(3 × 3, 64 – BN) twice – max-pool 2 – (3 × 3, 128 – BN) twice – max-pool 2 – 256 – 256 – 10",
+    "C3": "(3 × 3, 64) twice – max-pool 2 – (3 × 3, 128) twice – max-pool 2 – 256 – 256 – 10",
+    "CR": "3 × 3, 16 – BN – three stages of three residual blocks, 16, 32, 64 – average-pool – 100",
+}
+
+
+def _train_test(pair: Sequence[Sequence[float]], digits: int) -> str:
+    shown = [mean_and_spread(values, digits) for values in pair]
+    if all(text == NOT_MEASURED for text in shown):
+        return NOT_MEASURED
+    return shown[0] if len(shown) == 1 else f"{shown[0]} ({shown[1]})"
+
+
+def _published(paper: pd.DataFrame, batch_size: int, column: str, form: str) -> str:
+    if batch_size not in paper.index:
+        return "not in the paper"
+    train, test = (form.format(paper.at[batch_size, f"{column}_{split}"]) for split in ("train", "test"))
+    return f"{train} ({test})"
+
+
+def _final(outcomes: Sequence[Outcome], field: str, factor: float) -> list[float]:
+    return [factor * getattr(o.result.history[-1], field) for o in outcomes if o.result and o.result.status == "done"]
+
+
+def _lambda1(outcomes: Sequence[Outcome], split: str) -> list[float]:
+    return [
+        measurement.values["eigenvalues"][0]
+        for outcome in outcomes
+        for measure, measurement in outcome.measurements.items()
+        if isinstance(measure, Spectrum) and measure.split == split
+    ]
