@@ -34,13 +34,17 @@ profile_option = click.option(
     show_default=True,
     help="Scale: smoke, quick, laptop, paper, or a TOML file of your own.",
 )
+root_option = click.option(
+    "--root", type=click.Path(path_type=Path), help="Data folder. Default: $HESSNB_DATA, else the user's cache."
+)
 seeds_option = click.option("--seeds", type=int, help="How many seeds, from 0. Default: what the profile says.")
 
 
 class Commands(click.Group):
-    """A group that turns the package's own errors into one line and an exit code: 2 bad input, 1 failed, 130 stopped."""
+    """A group that turns hessnb's own errors into one line and an exit code: 2 bad input, 1 failed, 130 stopped."""
 
     def invoke(self, context: click.Context) -> Any:
+        """Carry out a command; see the class."""
         try:
             return super().invoke(context)
         except InputError as error:
@@ -119,11 +123,9 @@ def status_command(profile: str, seeds: int | None, all_profiles: bool, store: P
 @click.argument("artefacts", nargs=-1)
 @click.option("--profile", default="paper", show_default=True, help="The scale whose results are published.")
 @store_option
-@click.option(
-    "--into", type=click.Path(path_type=Path), help="Folder of the record. Default: book/record of this checkout."
-)
+@click.option("--into", type=click.Path(path_type=Path), help="Folder of the record. Default: book/record.")
 def record_command(artefacts: tuple[str, ...], profile: str, store: Path | None, into: Path | None) -> None:
-    """Publish what the store holds of ARTEFACTS (default: all): numbers and curves with their provenance, no weights."""
+    """Publish what the store holds of ARTEFACTS (default: all): numbers and their provenance, no weights."""
     folder = into or record.record_root()
     if folder is None:
         raise InputError("there is no book around this folder; name the record's folder with --into")
@@ -157,9 +159,7 @@ def data_group() -> None:
 
 
 @data_group.command("list")
-@click.option(
-    "--root", type=click.Path(path_type=Path), help="Data folder. Default: $HESSNB_DATA, else the user's cache."
-)
+@root_option
 def data_list(root: Path | None) -> None:
     """List the data sets, and where each would be read from."""
     table = Table("Set", "Found", title=f"data folder: {data.data_root(root)}", title_justify="left")
@@ -170,11 +170,9 @@ def data_list(root: Path | None) -> None:
 
 @data_group.command("fetch")
 @click.argument("names", nargs=-1, required=True)
-@click.option(
-    "--root", type=click.Path(path_type=Path), help="Data folder. Default: $HESSNB_DATA, else the user's cache."
-)
+@root_option
 def data_fetch(names: tuple[str, ...], root: Path | None) -> None:
-    """Download published sets (mnist, cifar10, cifar100) with torchvision, or convert what it has already downloaded."""
+    """Download published sets (mnist, cifar10, cifar100) with torchvision, or convert what it left here."""
     for name in names:
         console.print(f"{name}: {data.fetch(name, root)}", soft_wrap=True)
 

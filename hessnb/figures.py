@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from cycler import cycler
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from hessnb.data import Splits
@@ -22,8 +26,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 @contextmanager
 def style() -> Iterator[None]:
     """Draw inside with the book's style."""
-    settings = {
-        "axes.prop_cycle": plt.cycler(color=COLOURS),
+    settings: dict[Any, Any] = {
+        "axes.prop_cycle": cycler(color=COLOURS),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -39,7 +43,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def _new(columns: int = 1, *, height: float = 3.6, width: float = 6.0) -> tuple[Figure, list[plt.Axes]]:
+def _new(columns: int = 1, *, height: float = 3.6, width: float = 6.0) -> tuple[Figure, list[Axes]]:
     figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
     plt.close(figure)  # it is shown as the value of its cell, once
     return figure, list(axes[0])
@@ -95,7 +99,7 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
                         label=f"B = {outcome.task.spec.recipe.batch_size}",
                     )
         axis.set(xlabel="index of the eigenvalue", ylabel="eigenvalue of the training Hessian")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(ncols=2, fontsize=10)
     return figure
 
@@ -118,7 +122,7 @@ def lambda1_against_batch(live: Sequence[Outcome], record: Sequence[Outcome]) ->
 
 
 def input_spectra(cases: Mapping[str, Tensor], n: int = 20) -> Figure:
-    """Show the ``n`` largest |eigenvalues| of input Hessians, each relative to the first, one line a case (n_cases of (d,))."""
+    """Show the ``n`` largest |eigenvalues| (of (d,) each) of input Hessians, relative to the first, one line a case."""
     with style():
         figure, (axis,) = _new()
         for i, (label, eigenvalues) in enumerate(cases.items()):
@@ -127,7 +131,7 @@ def input_spectra(cases: Mapping[str, Tensor], n: int = 20) -> Figure:
             index = torch.arange(1, len(shown) + 1)
             axis.semilogy(index, shown, marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], label=label)
         axis.set(xlabel="index of the eigenvalue", ylabel="|eigenvalue| / largest", ylim=(1e-20, 3))
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(fontsize=10)
     return figure
 

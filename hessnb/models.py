@@ -127,7 +127,7 @@ def _c2_c3(classes: int, scaled: Scale, *, batch_norm: bool) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch normalisation and a shortcut (He et al., 2016), projected where shapes differ."""
+    """Two 3 x 3 convolutions and a shortcut (He et al., 2016), projected by a 1 x 1 convolution where shapes differ."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -145,6 +145,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, (N, channels_out, H / stride, W / stride)."""
         return torch.relu(self.residual(x) + self.shortcut(x))
 
 

@@ -28,7 +28,9 @@ class SymmetricOperator(Protocol):
     shape: tuple[int, int]
     device: torch.device
 
-    def matvec(self, v: Tensor, /) -> Tensor: ...
+    def matvec(self, v: Tensor, /) -> Tensor:
+        """Return the product with a vector (n,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _ritz_pairs(T: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor, Tensor
 
 def _random_direction(basis: Tensor, generator: torch.Generator) -> Tensor:
     """Return a random unit vector orthogonal to the rows of ``basis``, drawn on the CPU for any device."""
-    v = torch.randn(basis.shape[1], dtype=torch.float64, generator=generator).to(basis.device)
+    v: Tensor = torch.randn(basis.shape[1], dtype=torch.float64, generator=generator).to(basis.device)
     for _ in range(2):
         v = v - basis.T @ (basis @ v)
-    return v / torch.linalg.vector_norm(v)
+    return torch.nn.functional.normalize(v, dim=0, eps=0.0)

@@ -1,4 +1,4 @@
-"""What identifies a result: the specification of a trained network (`RunSpec`) and of a thing computed on it (`Measure`).
+"""What identifies a result: the spec of a trained network (`RunSpec`) and of a thing computed on it (`Measure`).
 
 Both are frozen and validated, and have a key: the first 16 hex digits of the SHA-256 of their canonical JSON, in which
 fields that are None do not appear, so that a field added later (with None for "as before") changes no key.
@@ -121,7 +121,7 @@ class RunSpec(Frozen):
 
 
 class Spectrum(Frozen):
-    """The ``k`` Hessian eigenvalues of largest magnitude, over a split, to a relative residual of ``tol`` (section 3.1)."""
+    """The ``k`` Hessian eigenvalues of largest magnitude over a split, to relative residual ``tol`` (section 3.1)."""
 
     kind: Literal["spectrum"] = "spectrum"
     split: Literal["train", "test"]

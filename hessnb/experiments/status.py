@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from hessnb.experiments.grid import ARTEFACTS, Profile
 from hessnb.experiments.run import Outcome, look_up
@@ -58,14 +59,14 @@ class _Speed:
     """
 
     def __init__(self, store: Store) -> None:
-        self._epoch_seconds: dict[tuple, list[float]] = {}
-        self._epochs_per_batch: dict[tuple, list[float]] = {}
+        self._epoch_seconds: dict[tuple[Any, ...], list[float]] = {}
+        self._epochs_per_batch: dict[tuple[Any, ...], list[float]] = {}
         for result in store.results():
             kind = _kind(result.spec)
             self._epoch_seconds.setdefault(kind, []).append(statistics.median(e.seconds for e in result.history))
             share = len(result.history) / result.spec.recipe.batch_size
             self._epochs_per_batch.setdefault(kind, []).append(share)
-        self._measure_seconds: dict[tuple, list[float]] = {}
+        self._measure_seconds: dict[tuple[Any, ...], list[float]] = {}
         for result in store.results():
             for found in store.measurements(result.spec):
                 kind = (*_kind(result.spec), found.measure)
@@ -91,7 +92,7 @@ class _Speed:
         return seconds
 
 
-def _kind(spec: RunSpec) -> tuple:
+def _kind(spec: RunSpec) -> tuple[Any, ...]:
     return (spec.data, spec.model, spec.recipe.loss_target)
 
 

@@ -60,9 +60,13 @@ class Measurement:
 class Results(Protocol):
     """Anything that can be asked for results: the store, or the published record."""
 
-    def result(self, spec: RunSpec) -> RunResult | None: ...
+    def result(self, spec: RunSpec) -> RunResult | None:
+        """Return the ended training of ``spec``, or None."""
+        ...
 
-    def measurement(self, spec: RunSpec, measure: Measure) -> Measurement | None: ...
+    def measurement(self, spec: RunSpec, measure: Measure) -> Measurement | None:
+        """Return what ``measure`` gave on the network of ``spec``, or None."""
+        ...
 
 
 def store_root(root: str | os.PathLike[str] | None = None) -> Path:
@@ -88,11 +92,12 @@ class Store:
                     f"{self.root} was written by a newer hessnb (schema {schema}, this one knows {SCHEMA}); "
                     "update hessnb or choose another folder with --store"
                 )
-        elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            if not (self.root / "locks").is_dir():
-                raise InputError(
-                    f"{self.root} is not a store (it has no store.json) and not an empty folder; choose another with --store"
-                )
+        elif (
+            self.root.exists()
+            and not (self.root / "locks").is_dir()
+            and (self.root.is_file() or any(self.root.iterdir()))
+        ):
+            raise InputError(f"{self.root} is neither a store nor an empty folder; choose another one with --store")
 
     # -- runs ---------------------------------------------------------------------------------------------------
 
@@ -309,7 +314,7 @@ def _read_sealed_json(path: Path) -> dict[str, Any]:
         raise _damaged(path, "not a sealed JSON file") from error
     if _digest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()) != digest:
         raise _damaged(path, "its checksum does not match")
-    return body
+    return dict(body)
 
 
 def _tensor_digest(tensors: dict[str, Tensor], notes: str) -> str:

@@ -19,7 +19,8 @@ def input_eigenvalues(model: nn.Module, x: Tensor, y: Tensor, *, train_mode: boo
     """Return all eigenvalues (N, d), descending, of the input Hessian of each sample, from dense float64 matrices."""
     double = copy.deepcopy(model).double()
     hessian = input_hessian(double, x.double(), y, train_mode=train_mode)
-    return torch.linalg.eigvalsh((hessian + hessian.mT) / 2).flip(-1)
+    eigenvalues: Tensor = torch.linalg.eigvalsh((hessian + hessian.mT) / 2)
+    return eigenvalues.flip(-1)
 
 
 def saddle_free(cases: Mapping[str, tuple[Tensor, int]], *, name: str, caption: str) -> Table:

@@ -36,14 +36,11 @@ class Table:
 
     def _repr_html_(self) -> str:
         def line(tag: str, cells: tuple[str, ...]) -> str:
-            return (
-                "<tr>"
-                + "".join(f"<{tag}>{html.escape(cell).replace('&lt;br&gt;', '<br>')}</{tag}>" for cell in cells)
-                + "</tr>"
-            )
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-        rows = "".join(line("td", row) for row in self.rows)
-        return f"<table><caption>{html.escape(self.caption)}</caption><thead>{line('th', self.header)}</thead><tbody>{rows}</tbody></table>"
+        head, body = line("th", self.header), "".join(line("td", row) for row in self.rows)
+        caption = f"<caption>{html.escape(self.caption)}</caption>"
+        return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:
@@ -64,8 +61,8 @@ def table6() -> Table:
         rows.append((name, shape, _LAYERS[name], f"{models.parameter_count(model):,}"))
     return Table(
         "tab-models",
-        "The networks of the paper's Table 6 as they are built here, with the weights counted. k × k, c is a convolution "
-        "with c channels; all activations are ReLU.",
+        "The networks of the paper's Table 6 as they are built here, with the weights counted. k × k, c is a "
+        "convolution with c channels; all activations are ReLU.",
         ("Network", "Input", "Layers", "Weights"),
         tuple(rows),
     )
@@ -85,7 +82,8 @@ def data_sets(names: Sequence[str]) -> Table:
         rows.append((name, shape, *counts, f"{len(splits.classes)}", f"{mean:.3f}"))
     return Table(
         "tab-data",
-        "The data sets that were at hand when this page was made. Pixels are in [0, 1]; their mean says how dark a set is.",
+        "The data sets that were at hand when this page was made. Pixels are in [0, 1]; their mean says how "
+        "dark a set is.",
         ("Set", "Image", "Training", "Test", "Classes", "Mean pixel"),
         tuple(rows),
     )
@@ -128,8 +126,8 @@ def table7_record(*, name: str = "tab-7-record") -> Table:
     return table7(
         [*found.values(), *planned],
         name=name,
-        caption="Table 7 at the paper's scale: M1 on all of MNIST, trained to loss 0.001. Values on the training set, on "
-        "the test set in brackets.",
+        caption="Table 7 at the paper's scale: M1 on all of MNIST, trained to loss 0.001. Values on the training "
+        "set, on the test set in brackets.",
     )
 
 

@@ -1,0 +1,66 @@
+"""Fixtures shared by the tests: data sets, a small network, and a check that nothing was changed on the side."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hessnb.data import Splits, data_root, load, where
+from hessnb.models import build
+
+
+@pytest.fixture
+def published() -> Callable[[str], Splits]:
+    """Return a function that loads a published set, and skips the test where the set is not found."""
+
+    def load_or_skip(name: str) -> Splits:
+        if where(name) is None:
+            pytest.skip(f"{name} is not in {data_root()}: set HESSNB_DATA, or run hessnb data fetch {name}")
+        return load(name)
+
+    return load_or_skip
+
+
+@pytest.fixture(scope="session")
+def digits() -> Splits:
+    """Return 300 training and 100 test digits of mnist5k; the tests must not write to them."""
+    return load("mnist5k", n_train=300, n_test=100)
+
+
+@pytest.fixture
+def tiny_m1() -> nn.Module:
+    """Return a float32 M1 of 1,163 weights, in train mode."""
+    return build("M1", width=0.05, seed=0)
+
+
+@pytest.fixture
+def untouched() -> Callable[..., AbstractContextManager[None]]:
+    """Return a context ``untouched(model)`` that fails when the model or a global random state has changed.
+
+    Of the model it compares parameters, buffers, ``.grad`` and each module's mode, by identity and bit by bit.
+    """
+
+    @contextmanager
+    def context(model: nn.Module | None = None) -> Iterator[None]:
+        model = model or nn.Module()
+        tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        values = [tensor.detach().clone() for tensor in tensors]
+        modes = [module.training for module in model.modules()]
+        randomness = random.getstate(), copy.deepcopy(np.random.get_state()), torch.get_rng_state()
+        yield
+        now = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        assert [id(tensor) for tensor in now] == [id(tensor) for tensor in tensors]
+        assert all(torch.equal(tensor, value) for tensor, value in zip(now, values, strict=True))
+        assert [module.training for module in model.modules()] == modes
+        assert random.getstate() == randomness[0]
+        np.testing.assert_equal(np.random.get_state(), randomness[1])
+        assert torch.equal(torch.get_rng_state(), randomness[2])
+
+    return context
