@@ -34,6 +34,7 @@ profile_option = click.option(
     show_default=True,
     help="Scale: smoke, quick, laptop, paper, or a TOML file of your own.",
 )
+device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 root_option = click.option(
     "--root", type=click.Path(path_type=Path), help="Data folder. Default: $HESSNB_DATA, else the user's cache."
 )
@@ -82,7 +83,7 @@ def main() -> None:
 @click.argument("artefacts", nargs=-1, required=True)
 @profile_option
 @seeds_option
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
+@device_option
 @store_option
 def run(artefacts: tuple[str, ...], profile: str, seeds: int | None, device: str, store: Path | None) -> None:
     """Compute what ARTEFACTS (table7, fig1) need and the store lacks.
@@ -131,8 +132,59 @@ def record_command(artefacts: tuple[str, ...], profile: str, store: Path | None,
         raise InputError("there is no book around this folder; name the record's folder with --into")
     changed = record.publish(Store(store), folder, grid.load_profile(profile), artefacts)
     for path in changed:
-        console.print(f"wrote {path}", soft_wrap=True)
-    console.print(f"{len(changed)} file(s) changed in {folder}", soft_wrap=True)
+        _say(f"wrote {path}")
+    _say(f"{len(changed)} file(s) changed in {folder}")
+
+
+@main.command("book")
+@click.argument("chapters", nargs=-1)
+@profile_option
+@seeds_option
+@device_option
+@store_option
+@click.option(
+    "--executed",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Publish the notebooks of this folder, executed elsewhere with papermill.",
+)
+def book_command(
+    chapters: tuple[str, ...], profile: str, seeds: int | None, device: str, store: Path | None, executed: Path | None
+) -> None:
+    """Execute the notebooks and build the HTML in book/_build/html.
+
+    CHAPTERS (01, 03, ...) limits which notebooks may run. A notebook whose source, package, parameters and record are
+    unchanged does not run again. When one fails, or Jupyter Book warns, the last good HTML stays.
+    """
+    from hessnb import book  # papermill and Sphinx are needed for this command alone
+
+    data.check_device(device)
+    parameters = book.Parameters(profile, seeds, device, str(store.resolve()) if store else None)
+    page = book.build(_project(), parameters, chapters=chapters, executed=executed, say=_say)
+    _say(f"the book: {page}")
+
+
+@main.group("notebooks")
+def notebooks_group() -> None:
+    """Keep the notebooks (.ipynb) equal to their sources (.md)."""
+
+
+@notebooks_group.command("sync")
+def notebooks_sync() -> None:
+    """Write each .ipynb anew from its .md, where it differs."""
+    from hessnb import notebooks
+
+    for path in notebooks.sync(_project()):
+        _say(f"wrote {path}")
+
+
+@notebooks_group.command("check")
+def notebooks_check() -> None:
+    """Exit with 2 when a pair differs, a cell is too long, or a cell holds what belongs into the package."""
+    from hessnb import notebooks
+
+    if faults := notebooks.check(_project()):
+        raise InputError("; ".join(faults))
+    _say("notebooks and sources agree")
 
 
 @main.group("store")
@@ -150,7 +202,7 @@ def store_check(store: Path | None) -> None:
         click.echo(fault, err=True)
     if faults:
         raise InputError(f"{len(faults)} damaged file(s) in {opened.root}")
-    console.print(f"{opened.root}: every file is whole", soft_wrap=True)
+    _say(f"{opened.root}: every file is whole")
 
 
 @main.group("data")
@@ -174,7 +226,18 @@ def data_list(root: Path | None) -> None:
 def data_fetch(names: tuple[str, ...], root: Path | None) -> None:
     """Download published sets (mnist, cifar10, cifar100) with torchvision, or convert what it left here."""
     for name in names:
-        console.print(f"{name}: {data.fetch(name, root)}", soft_wrap=True)
+        _say(f"{name}: {data.fetch(name, root)}")
+
+
+def _say(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def _project() -> Path:
+    root = record.project_root()
+    if root is None:
+        raise InputError("there is no book here: change into a checkout of hessnb (the folder with _toc.yml)")
+    return root
 
 
 def _tasks(artefacts: Sequence[str], profile: grid.Profile, seeds: int | None) -> list[grid.Task]:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import types
-import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -143,19 +141,20 @@ def fetch(name: str, root: str | os.PathLike[str] | None = None) -> Path:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = _from_torchvision(name, folder, download=True)
-        _validate(name, arrays, folder)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}-", suffix=".npz")
+        if not _torchvision_has(name, folder):
+            _torchvision_class(name)(str(folder), download=True)
+        arrays = _from_torchvision(name, folder)
+        temporary = folder / f".{name}-{os.getpid()}.npz"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             os.replace(temporary, target)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except InputError:
         raise
     except (OSError, RuntimeError) as error:
-        raise InputError(f"could not fetch {name} into {folder}: {error}") from error
+        raise InputError(f"could not fetch {name} into {folder}: {_one_line(error)}") from error
     return target
 
 
@@ -186,22 +185,15 @@ def _arrays(name: str, folder: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{name}: the data folder {folder} does not exist; {remedy} (or set HESSNB_DATA)")
     if not _torchvision_has(name, folder):
         raise InputError(f"{name}: neither {name}.npz nor torchvision's files are in {folder}; {remedy}")
-    try:
-        arrays = _from_torchvision(name, folder, download=False)
-    except Exception as error:  # torchvision unpickles and unpacks: a damaged file can raise almost anything
-        raise InputError(
-            f"{name}: torchvision's files in {folder} are damaged ({error}); remove them, then {remedy}"
-        ) from error
-    _validate(name, arrays, folder)
-    return arrays
+    return _from_torchvision(name, folder)
 
 
 def _read_npz(name: str, path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise _damaged(name, path, f"not a readable npz: {error}") from error
+    except Exception as error:  # zipfile, zlib and numpy raise almost anything on a damaged file
+        raise _damaged(name, path, f"not a readable npz: {_one_line(error)}") from error
     _validate(name, arrays, path)
     return arrays
 
@@ -230,8 +222,12 @@ def _damaged(name: str, path: Path, why: str) -> InputError:
     return InputError(f"{name}: {path} is damaged ({why}); remove it, then get it again with: hessnb data fetch {name}")
 
 
-def _torchvision_datasets() -> Any:
-    """Import torchvision.datasets, also where torch is a CPU build and torchvision is not.
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _torchvision_class(name: str) -> Any:
+    """Return torchvision's class for a set, also where torch is a CPU build and torchvision is not.
 
     torchvision then fails while registering operators that torch does not have; data sets need none of them, and an
     empty module in the place of the registration lets the import through.
@@ -243,23 +239,35 @@ def _torchvision_datasets() -> Any:
             del sys.modules[module]
         sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
         import torchvision.datasets
-    return torchvision.datasets
+    return getattr(torchvision.datasets, PUBLISHED[name].torchvision)
+
+
+# One of torchvision's unpacked files for each set: of MNIST, which comes in four archives, the last.
+_TORCHVISION_FILES = {
+    "mnist": "MNIST/raw/t10k-labels-idx1-ubyte",
+    "cifar10": "cifar-10-batches-py/test_batch",
+    "cifar100": "cifar-100-python/test",
+}
 
 
 def _torchvision_has(name: str, folder: Path) -> bool:
-    below = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-    return (folder / below[name]).is_dir()
+    return (folder / _TORCHVISION_FILES[name]).is_file()
 
 
-def _from_torchvision(name: str, folder: Path, *, download: bool) -> dict[str, np.ndarray]:
-    dataset = getattr(_torchvision_datasets(), PUBLISHED[name].torchvision)
+def _from_torchvision(name: str, folder: Path) -> dict[str, np.ndarray]:
+    """Read what torchvision has unpacked below ``folder``."""
+    dataset, below = _torchvision_class(name), (folder / _TORCHVISION_FILES[name]).parent
     arrays: dict[str, np.ndarray] = {}
-    for split in ("train", "test"):
-        part = dataset(str(folder), train=split == "train", download=download)
-        images = np.asarray(part.data)
-        arrays[f"{split}_images"] = images[..., None] if images.ndim == 3 else images
-        arrays[f"{split}_labels"] = np.asarray(part.targets).astype(np.uint8)
-        arrays["classes"] = np.array([str(i) for i in range(10)] if name == "mnist" else part.classes)
+    try:
+        for split in ("train", "test"):
+            part = dataset(str(folder), train=split == "train", download=False)
+            images = np.asarray(part.data)
+            arrays[f"{split}_images"] = images[..., None] if images.ndim == 3 else images
+            arrays[f"{split}_labels"] = np.asarray(part.targets).astype(np.uint8)
+            arrays["classes"] = np.array([str(i) for i in range(10)] if name == "mnist" else part.classes)
+    except Exception as error:  # torchvision unpickles and unpacks: a damaged file can raise almost anything
+        raise _damaged(name, below, f"torchvision cannot read it: {_one_line(error)}") from error
+    _validate(name, arrays, below)
     return arrays
 
 

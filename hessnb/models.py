@@ -48,7 +48,7 @@ def build(
     if seed is None:
         return make(classes, scaled)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone; torch.manual_seed seeds every device
         return make(classes, scaled)
 
 

@@ -10,9 +10,6 @@ from hessnb.curvature.operator import full_precision
 from hessnb.errors import InputError
 from hessnb.models import eval_mode
 
-# Rows of the Hessian that are differentiated in one vectorised backward pass.
-_ROWS = 64
-
 
 def input_hessian(model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool = False) -> Tensor:
     """Return the dense Hessian of each sample's cross-entropy with respect to its own input, (N, d, d).
@@ -40,14 +37,7 @@ def input_hessian(model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool = 
         hessian = torch.empty(len(x), d, d, dtype=x.dtype, device=x.device)
         if not gradient.requires_grad:  # the gradient does not depend on the input at all
             return hessian.zero_()
-        for start in range(0, d, _ROWS):
-            # One-hot directions, the same pixel in each sample: row i of all N Hessians at once.
-            rows = range(start, min(start + _ROWS, d))
-            directions = torch.zeros(len(rows), len(x), d, dtype=x.dtype, device=x.device)
-            for i, row in enumerate(rows):
-                directions[i, :, row] = 1
-            (block,) = torch.autograd.grad(
-                columns, x, directions, retain_graph=True, is_grads_batched=True, materialize_grads=True
-            )
-            hessian[:, rows.start : rows.stop] = block.reshape(len(rows), len(x), d).transpose(0, 1)
+        for row in range(d):  # the same pixel of each sample: row by row of all N Hessians at once
+            (products,) = torch.autograd.grad(columns[:, row].sum(), x, retain_graph=True, materialize_grads=True)
+            hessian[:, row] = products.reshape(len(x), d)
     return hessian

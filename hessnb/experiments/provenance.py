@@ -23,7 +23,7 @@ def provenance(*, device: torch.device, seed: int, seconds: float) -> dict[str, 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": COMMIT,
         "hessnb": hessnb.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -37,8 +37,7 @@ def provenance(*, device: torch.device, seed: int, seconds: float) -> dict[str, 
     }
 
 
-@lru_cache(maxsize=1)
-def commit() -> str | None:
+def _commit() -> str | None:
     """Return the commit of the package's own repository, with ``+changes`` if it was modified; None outside of one."""
     folder = Path(hessnb.__file__).parent
 
@@ -53,6 +52,10 @@ def commit() -> str | None:
         return None
     head = git("rev-parse", "HEAD")
     return f"{head}+changes" if head and git("status", "--porcelain", "--", str(folder)) else head
+
+
+# Taken when the package is loaded: what is on the disk when a long run ends may be something else.
+COMMIT = _commit()
 
 
 @lru_cache

@@ -31,7 +31,8 @@ class Table:
 
     def _repr_markdown_(self) -> str:
         lines = [self.header, tuple("---:" if i else ":---" for i in range(len(self.header))), *self.rows]
-        body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
+        body = "\n".join("| " + " | ".join(cells) + " |" for cells in escaped)
         return f"```{{table}} {self.caption}\n:name: {self.name}\n:align: center\n\n{body}\n```\n"
 
     def _repr_html_(self) -> str:

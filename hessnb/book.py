@@ -1,0 +1,299 @@
+"""Build the book: execute the notebooks, gate on failure, let Jupyter Book make the HTML, replace the last good one.
+
+    book/_build/executed/<profile>/NN_slug.ipynb    executed notebooks, with the fingerprint of what they came from
+    book/_build/failed/NN_slug.ipynb                the notebook that stopped the last build, for a look
+    book/_build/site/                               staging folder: what Jupyter Book sees
+    book/_build/html/                               the last good HTML
+
+A chapter runs again when its source, the package, its parameters, the record or the versions of Python and torch have
+changed; the HTML is made again when anything on the staging folder has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nbformat
+import torch
+from filelock import FileLock, Timeout
+
+import hessnb
+from hessnb import notebooks
+from hessnb.errors import InputError, RunFailed
+from hessnb.experiments.grid import ARTEFACTS, load_profile
+from hessnb.experiments.provenance import device_name
+from hessnb.experiments.record import recorded
+from hessnb.experiments.store import store_root, write_whole
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What is injected into each notebook; the names are those of its cell tagged ``parameters``."""
+
+    profile: str = "quick"
+    seeds: int | None = None
+    device: str = "cpu"
+    store: str | None = None
+
+
+def build(
+    root: Path,
+    parameters: Parameters,
+    *,
+    chapters: tuple[str, ...] = (),
+    executed: Path | None = None,
+    say: Say = print,
+) -> Path:
+    """Build the book of the project at ``root`` and return the path of its first page.
+
+    ``chapters`` limits which notebooks may run; those never executed run all the same. ``executed`` is a folder of
+    notebooks that were executed elsewhere, which are published as they are.
+
+    Raises InputError for an unknown chapter or profile or a build that is already going on, and RunFailed, leaving
+    the last good HTML as it is, when a notebook raises or Jupyter Book warns.
+    """
+    load_profile(parameters.profile)
+    may_run = notebooks.select(root, chapters)
+    work = root / "book" / "_build"
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / ".lock", timeout=0):
+            if executed:
+                sources = [_executed_elsewhere(source, executed) for source in notebooks.sources(root)]
+            else:
+                sources = [
+                    _executed_here(root, s, parameters, may=s in may_run, say=say) for s in notebooks.sources(root)
+                ]
+            return _publish(root, sources, say)
+    except Timeout:
+        raise InputError(f"another build is going on in {work}; wait for it to end") from None
+
+
+# -- executing -----------------------------------------------------------------------------------------------------
+
+
+def _executed_here(root: Path, source: Path, parameters: Parameters, *, may: bool, say: Say) -> Path:
+    """Return the executed notebook of a source, after executing it if that is needed and allowed."""
+    work = root / "book" / "_build"
+    target = work / "executed" / Path(parameters.profile).stem / f"{source.stem}.ipynb"
+    fingerprint = _fingerprint(root, source, parameters)
+    if target.exists() and (not may or _fingerprint_of(target) == fingerprint):
+        say(f"{source.stem}: unchanged" if may else f"{source.stem}: as last executed")
+        return target
+    say(f"{source.stem}: executing with profile {parameters.profile}")
+    started = time.perf_counter()
+    notebook = _execute(root, source, parameters)
+    notebook.metadata["hessnb"] = {
+        "fingerprint": fingerprint,
+        "parameters": asdict(parameters),
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, nbformat.writes(notebook).encode())
+    say(f"{source.stem}: done in {time.perf_counter() - started:.0f} s")
+    return target
+
+
+def _execute(root: Path, source: Path, parameters: Parameters) -> nbformat.NotebookNode:
+    """Execute a notebook with papermill and return it; raise RunFailed, naming the cell, when one raises."""
+    import papermill
+
+    failed = root / "book" / "_build" / "failed" / f"{source.stem}.ipynb"
+    failed.parent.mkdir(parents=True, exist_ok=True)
+    plain = failed.with_suffix(".source.ipynb")
+    nbformat.write(notebooks.to_notebook(source), plain)
+    given = {name: value for name, value in asdict(parameters).items() if value is not None}
+    try:
+        papermill.execute_notebook(
+            str(plain), str(failed), given, kernel_name="python3", cwd=str(source.parent), progress_bar=False
+        )
+    except papermill.PapermillExecutionError as error:
+        raise RunFailed(
+            f"{source.name}: cell {error.exec_count} raised {error.ename}: {error.evalue.strip()}; the notebook as far "
+            f"as it came is {failed}, the last good HTML is unchanged"
+        ) from error
+    finally:
+        plain.unlink(missing_ok=True)
+    notebook: nbformat.NotebookNode = nbformat.read(failed, as_version=4)
+    failed.unlink()
+    _gate(notebook, source.stem)
+    return notebook
+
+
+def _executed_elsewhere(source: Path, folder: Path) -> Path:
+    path = folder / f"{source.stem}.ipynb"
+    if not path.exists():
+        raise InputError(f"{path} is not there: the folder given with --executed must hold every chapter")
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except Exception as error:  # nbformat raises what JSON and its schemas raise
+        raise InputError(f"{path} cannot be read as a notebook: {error}") from error
+    _gate(notebook, source.stem)
+    return path
+
+
+def _gate(notebook: nbformat.NotebookNode, name: str) -> None:
+    """Raise RunFailed unless every code cell ran and none raised: a failed notebook looks whole to Jupyter Book."""
+    if notebook.metadata.get("papermill", {}).get("exception"):
+        raise RunFailed(f"{name}: papermill recorded an exception in it")
+    for cell in notebook.cells:
+        if cell.cell_type != "code" or not cell.source.strip():
+            continue
+        if any(output.output_type == "error" for output in cell.outputs):
+            raise RunFailed(f"{name}: cell {cell.id} holds an error")
+        if cell.execution_count is None:
+            raise RunFailed(f"{name}: cell {cell.id} was not executed")
+
+
+def _fingerprint(root: Path, source: Path, parameters: Parameters) -> str:
+    """Return a digest of all that a chapter's outputs depend on."""
+    package = Path(hessnb.__file__).parent
+    files = [source, *_files(package, ("*.py", "*.toml", "*.csv")), *_files(root / "book" / "record", ("*.json",))]
+    if parameters.profile.endswith(".toml"):
+        files.append(Path(parameters.profile))
+    told = asdict(parameters) | {"store": str(store_root(parameters.store).resolve())}
+    versions = [platform.python_version(), str(torch.__version__)]
+    return _digest(files, json.dumps([told, versions], sort_keys=True))
+
+
+def _fingerprint_of(executed: Path) -> str | None:
+    try:
+        told: dict[str, str] = json.loads(executed.read_text())["metadata"].get("hessnb", {})
+    except (OSError, ValueError, KeyError):
+        return None
+    return told.get("fingerprint")
+
+
+# -- publishing ----------------------------------------------------------------------------------------------------
+
+
+def _publish(root: Path, executed: list[Path], say: Say) -> Path:
+    """Stage the pages, build the HTML, and put it in the place of the last one; nothing if nothing changed."""
+    work = root / "book" / "_build"
+    site, html, fresh = work / "site", work / "html", work / "html.new"
+    _recover(html, work / "html.old")
+    shutil.rmtree(site, ignore_errors=True)
+    _stage(root, executed, site)
+    fingerprint = _digest(_files(site, ("*",)), "", base=site)
+    marker = html / ".fingerprint"
+    if marker.exists() and marker.read_text() == fingerprint:
+        say(f"nothing changed: {html / 'index.html'}")
+        return html / "index.html"
+    say("building the HTML")
+    shutil.rmtree(fresh, ignore_errors=True)
+    log = work / "sphinx.log"
+    command = [
+        *(sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(site)),
+        *("--path-output", str(fresh), "--all", "-W", "-n", "--keep-going"),
+    ]
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "NO_COLOR": "1"})
+    built = fresh / "_build" / "html"
+    if done.returncode != 0 or not (built / "index.html").exists():
+        lines = [line for line in log.read_text().splitlines() if "WARNING" in line or "ERROR" in line]
+        told = "\n".join(lines) or log.read_text()[-2000:]
+        raise RunFailed(
+            f"Jupyter Book warned or failed; the last good HTML is unchanged; all of it is in {log}:\n{told}"
+        )
+    (built / ".fingerprint").write_text(fingerprint)
+    shutil.rmtree(work / "html.old", ignore_errors=True)
+    if html.exists():
+        html.rename(work / "html.old")
+    built.rename(html)
+    shutil.rmtree(work / "html.old", ignore_errors=True)
+    shutil.rmtree(fresh, ignore_errors=True)
+    return html / "index.html"
+
+
+def _recover(html: Path, old: Path) -> None:
+    """Bring the last good HTML back if a build was killed between taking it away and putting the new one there."""
+    if old.exists() and not html.exists():
+        old.rename(html)
+
+
+def _stage(root: Path, executed: list[Path], site: Path) -> None:
+    """Lay out what Jupyter Book is to see: configuration, prose, generated pages, executed notebooks."""
+    (site / "notebooks").mkdir(parents=True)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(root / name, site / name)
+    leave_out = shutil.ignore_patterns("_build", "record", ".*")
+    shutil.copytree(root / "book", site / "book", ignore=leave_out)
+    told = []
+    for path in executed:
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+                cell.metadata["tags"] = [*cell.metadata["tags"], "remove-cell"]
+        nbformat.write(notebook, site / "notebooks" / path.name)
+        told.append((path.stem, notebook.metadata))
+    generated = site / "book" / "_generated"
+    generated.mkdir()
+    (generated / "chapters.md").write_text(_chapters_table(told))
+    (generated / "state.md").write_text(_state_table())
+
+
+def _chapters_table(told: list[tuple[str, nbformat.NotebookNode]]) -> str:
+    """Return when, where and how long each chapter ran, as a Markdown table."""
+    lines = ["| Chapter | Profile | Ran for | On | Machine | Code |", "| :--- | :--- | ---: | :--- | :--- | :--- |"]
+    for stem, metadata in told:
+        ours, papermill = metadata.get("hessnb", {}), metadata.get("papermill", {})
+        parameters = papermill.get("parameters", {})
+        seconds = papermill.get("duration")
+        cells = (
+            f"{{doc}}`/notebooks/{stem}`",
+            str(parameters.get("profile", "as in the notebook")),
+            "not recorded" if seconds is None else f"{seconds:.0f} s",
+            str(papermill.get("start_time", "not recorded"))[:10],
+            str(ours.get("machine", "not recorded")),
+            f"Python {ours['python']}, torch {ours['torch']}" if ours else "not recorded",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _state_table() -> str:
+    """Return how much of each artefact the record holds at the paper's scale, as a Markdown table."""
+    profile = load_profile("paper")
+    lines = ["| Artefact | What it shows | Measured at the paper's scale |", "| :--- | :--- | :--- |"]
+    for name, artefact in ARTEFACTS.items():
+        planned = len(artefact.tasks(profile, 1))
+        found = recorded(name)
+        complete: dict[int, int] = {}
+        for outcome in found:
+            seed = outcome.task.spec.recipe.seed
+            complete[seed] = complete.get(seed, 0) + outcome.complete
+        state = "; ".join(f"seed {seed}: {n} of {planned} networks" for seed, n in sorted(complete.items()) if n)
+        lines.append(f"| {name} | {artefact.title} | {state or 'not measured yet'} |")
+    return "\n".join(lines) + "\n"
+
+
+# -- digests -------------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    found = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
+    return sorted(path for path in found if "__pycache__" not in path.parts)
+
+
+def _digest(files: Iterable[Path], more: str, *, base: Path | None = None) -> str:
+    """Return a digest of the files' names (relative to ``base``, else bare) and contents, and of ``more``."""
+    digest = hashlib.sha256(more.encode())
+    for path in files:
+        digest.update(str(path.relative_to(base) if base else path.name).encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
