@@ -244,7 +244,7 @@ def _tasks(artefacts: Sequence[str], profile: grid.Profile, seeds: int | None) -
     """Return the tasks of several artefacts, all of one seed before the next, what they share only once."""
     n = profile.seeds if seeds is None else seeds
     if n < 1:
-        raise InputError(f"--seeds {n}: at least one is needed")
+        raise InputError(f"seeds = {n}: at least one is needed")
     merged: dict[str, grid.Task] = {}
     for seed in range(n):
         for task in (t for name in artefacts for t in grid.artefact(name).tasks_of_seed(profile, seed)):

@@ -43,8 +43,12 @@ def style() -> Iterator[None]:
         yield
 
 
-def _new(columns: int = 1, *, height: float = 3.6, width: float = 6.0) -> tuple[Figure, list[Axes]]:
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+def _new(
+    columns: int = 1, *, height: float = 3.6, width: float = 6.0, share_y: bool = False
+) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(
+        1, columns, figsize=(width, height), layout="constrained", squeeze=False, sharey=share_y
+    )
     plt.close(figure)  # it is shown as the value of its cell, once
     return figure, list(axes[0])
 
@@ -108,7 +112,7 @@ def lambda1_against_batch(live: Sequence[Outcome], record: Sequence[Outcome]) ->
     """Show the dominant eigenvalue on training and test set against batch size: live, recorded, and the paper's."""
     paper = published("table7")
     with style():
-        figure, axes = _new(2, width=7.0)
+        figure, axes = _new(2, width=7.0, share_y=True)
         for axis, split in zip(axes, ("train", "test"), strict=True):
             axis.loglog(paper.index, paper[f"lambda1_{split}"], "--", marker="x", color=COLOURS[6], label="paper")
             for label, outcomes, i in (("ours, paper's scale", record, 0), ("ours, live", live, 1)):
@@ -136,14 +140,15 @@ def input_spectra(cases: Mapping[str, Tensor], n: int = 20) -> Figure:
     return figure
 
 
-def loss_on_line(positions: Tensor, losses: Mapping[str, Tensor]) -> Figure:
-    """Show the loss along a straight line between two inputs: positions (m,), losses (m,) by label."""
+def loss_on_line(positions: Tensor, losses: Tensor) -> Figure:
+    """Show the loss (m,) at ``positions`` (m,) on a line between two inputs, and its slope, by differences."""
+    slopes = losses.diff() / positions.diff()
     with style():
-        figure, (axis,) = _new()
-        for label, values in losses.items():
-            axis.plot(positions, values, label=label)
-        axis.set(xlabel="position between the two images", ylabel="loss")
-        axis.legend(fontsize=10)
+        figure, (left, right) = _new(2, width=7.0)
+        left.plot(positions, losses)
+        left.set(xlabel="position between the images", ylabel="loss")
+        right.plot(positions[1:], slopes, color=COLOURS[5])
+        right.set(xlabel="position between the images", ylabel="slope of the loss")
     return figure
 
 

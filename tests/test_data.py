@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +53,7 @@ def write_torchvision(name: str, folder: Path, arrays: Arrays, monkeypatch: pyte
                 (raw / f"{stem}-{kind}-ubyte").write_bytes(head + array.tobytes())
         return raw / "train-images-idx3-ubyte"
 
-    dataset = getattr(data._torchvision_datasets(), PUBLISHED[name].torchvision)
+    dataset = data._torchvision_class(name)
     batches = folder / dataset.base_folder
     batches.mkdir(parents=True)
 
@@ -298,6 +300,17 @@ def test_torchvision_files_of_the_size_of_mnist_are_read_and_fetched_into_an_equ
     check_both_sources("mnist", big_folder, arrays)
 
 
+def test_a_fetched_npz_can_be_read_by_whom_the_umask_lets(
+    small_sets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_torchvision("mnist", tmp_path, synthetic("mnist"), monkeypatch)
+    before = os.umask(0o022)
+    try:
+        assert fetch("mnist", tmp_path).stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+
+
 def check_both_sources(name: str, folder: Path, arrays: Arrays) -> None:
     assert where(name, folder) == f"torchvision's files in {folder}"
     assert_same(load(name, root=folder), arrays)
@@ -329,7 +342,7 @@ def test_fetch_without_a_network_is_one_clear_error_and_leaves_no_set(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    module = getattr(data._torchvision_datasets(), "mnist" if name == "mnist" else "cifar")
+    module = sys.modules[data._torchvision_class(name).__module__]
     monkeypatch.setattr(module, "download_and_extract_archive", fail)
     folder = tmp_path / "sets"
     with pytest.raises(InputError, match=f"^could not fetch {name} into {folder}: ") as caught:
@@ -465,28 +478,18 @@ def test_a_file_that_is_no_npz_is_an_error(small_sets: None, tmp_path: Path) -> 
     assert_clear(caught, "mnist", tmp_path)
 
 
+@pytest.mark.parametrize("use", [lambda name, root: load(name, root=root), fetch], ids=["load", "fetch"])
 @pytest.mark.parametrize("size", [0, 3, 10, 20_000])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_damaged_torchvision_files_are_an_error(
-    small_sets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
+def test_damaged_torchvision_files_are_an_error_that_names_their_folder(
+    small_sets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int, use: Callable[..., object]
 ) -> None:
     path = write_torchvision(name, tmp_path, synthetic(name), monkeypatch)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InputError) as caught:
-        load(name, root=tmp_path)
-    assert_clear(caught, name, tmp_path)
-
-
-@pytest.mark.parametrize("size", [0, 3, 10, 20_000])
-def test_fetch_from_damaged_torchvision_files_is_an_error(
-    small_sets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    path = write_torchvision("mnist", tmp_path, synthetic("mnist"), monkeypatch)
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(InputError, match="mnist") as caught:
-        fetch("mnist", tmp_path)
-    assert str(tmp_path) in str(caught.value)
-    assert not (tmp_path / "mnist.npz").exists()
+        use(name, tmp_path)
+    assert_clear(caught, name, path.parent)
+    assert not (tmp_path / f"{name}.npz").exists()
 
 
 def test_torchvision_files_of_another_count_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,4 +498,4 @@ def test_torchvision_files_of_another_count_are_an_error(tmp_path: Path, monkeyp
         write_torchvision("mnist", tmp_path, synthetic("mnist"), monkeypatch)
     with pytest.raises(InputError, match="shapes are .50, 28, 28, 1.") as caught:
         load("mnist", root=tmp_path)
-    assert_clear(caught, "mnist", tmp_path)
+    assert_clear(caught, "mnist", tmp_path / "MNIST" / "raw")

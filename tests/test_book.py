@@ -1,0 +1,198 @@
+"""The pipeline on a small book of its own: what runs again, what is gated, and that the last good HTML survives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from hessnb import notebooks
+from hessnb.book import Parameters, build
+from hessnb.errors import InputError, RunFailed
+
+ROOT = Path(__file__).parents[1]
+SMOKE = Parameters(profile="smoke")
+CHAPTER = """---
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+
+# Chapter {number}
+
+Some prose.
+
+```{{code-cell}} ipython3
+:tags: [parameters]
+
+profile = "quick"
+seeds = None
+device = "cpu"
+store = None
+```
+
+```{{code-cell}} ipython3
+{code}
+```
+"""
+
+
+def chapter(root: Path, number: str, code: str = 'print("the profile is", profile)') -> Path:
+    path = root / "notebooks" / f"{number}_chapter.md"
+    path.write_text(CHAPTER.format(number=number, code=code))
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A book of an intro and two chapters."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "book").mkdir()
+    (tmp_path / "_config.yml").write_text("title: small\nonly_build_toc_files: true\nexecute: {execute_notebooks: 'off'}\n")
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/intro\nchapters:\n"
+        "- file: notebooks/01_chapter.ipynb\n- file: notebooks/02_chapter.ipynb\n"
+    )
+    (tmp_path / "book" / "intro.md").write_text("# A small book\n\nSee {doc}`/notebooks/01_chapter`.\n")
+    chapter(tmp_path, "01")
+    chapter(tmp_path, "02")
+    return tmp_path
+
+
+def test_small_book_from_first_build_to_failure_and_back(project: Path) -> None:
+    said: list[str] = []
+
+    def run() -> list[str]:
+        said.clear()
+        build(project, SMOKE, say=said.append)
+        return [line.split(":")[0] for line in said if "executing" in line]
+
+    assert run() == ["01_chapter", "02_chapter"]
+    html = project / "book" / "_build" / "html"
+    page = (html / "notebooks" / "01_chapter.html").read_text()
+    assert "the profile is smoke" in page
+    assert "seeds = None" not in page, "the parameter cell is hidden"
+    assert "# Parameters" not in page, "the injected cell is hidden"
+
+    assert run() == []
+    assert any("nothing changed" in line for line in said)
+
+    source = project / "notebooks" / "02_chapter.md"
+    source.write_text(source.read_text().replace("Some prose", "Other prose"))
+    assert run() == ["02_chapter"]
+    assert "Other prose" in (html / "notebooks" / "02_chapter.html").read_text()
+
+    before = {path: path.read_bytes() for path in html.rglob("*.html")}
+    chapter(project, "01", "x = {}\nx['absent']")
+    with pytest.raises(RunFailed, match=r"01_chapter.*KeyError.*last good HTML is unchanged"):
+        run()
+    assert {path: path.read_bytes() for path in html.rglob("*.html")} == before
+    assert (project / "book" / "_build" / "failed" / "01_chapter.ipynb").exists()
+
+    chapter(project, "01")
+    intro = project / "book" / "intro.md"
+    intro.write_text("# A small book\n\nSee {doc}`/notebooks/07_absent`.\n")
+    with pytest.raises(RunFailed, match="07_absent"):
+        run()
+    assert {path: path.read_bytes() for path in html.rglob("*.html")} == before
+
+    intro.write_text("# A small book, mended\n")
+    html.rename(html.with_name("html.old"))  # as a kill between the two renames would leave it
+    assert run() == []
+    assert "mended" in (html / "book" / "intro.html").read_text()
+
+
+def test_only_the_chapters_asked_for_run_again(project: Path) -> None:
+    said: list[str] = []
+    build(project, SMOKE, say=said.append)
+    for number in ("01", "02"):
+        chapter(project, number, 'print("new")')
+    said.clear()
+    build(project, SMOKE, chapters=("2",), say=said.append)
+    assert [line for line in said if "executing" in line] == ["02_chapter: executing with profile smoke"]
+    assert "01_chapter: as last executed" in said
+    with pytest.raises(InputError, match="unknown chapter '9'"):
+        build(project, SMOKE, chapters=("9",), say=said.append)
+
+
+def test_notebooks_executed_elsewhere_are_gated_and_published(project: Path, tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    away.mkdir()
+    notebooks.sync(project)
+    for source in notebooks.sources(project):
+        papermill.execute_notebook(
+            str(source.with_suffix(".ipynb")), str(away / f"{source.stem}.ipynb"), {"profile": "paper"}, progress_bar=False
+        )
+    build(project, SMOKE, executed=away, say=lambda text: None)
+    page = (project / "book" / "_build" / "html" / "notebooks" / "02_chapter.html").read_text()
+    assert "the profile is paper" in page
+
+    path = away / "02_chapter.ipynb"
+    good = nbformat.read(path, as_version=4)
+    failed = nbformat.from_dict(good)
+    failed.metadata.papermill.exception = True
+    nbformat.write(failed, path)
+    with pytest.raises(RunFailed, match="exception"):
+        build(project, SMOKE, executed=away, say=lambda text: None)
+    failed.metadata.papermill.exception = None
+    failed.cells[-1].execution_count = None
+    nbformat.write(failed, path)
+    with pytest.raises(RunFailed, match="not executed"):
+        build(project, SMOKE, executed=away, say=lambda text: None)
+    path.unlink()
+    with pytest.raises(InputError, match="02_chapter.ipynb is not there"):
+        build(project, SMOKE, executed=away, say=lambda text: None)
+
+
+def test_sync_is_deterministic_and_check_finds_what_differs(project: Path) -> None:
+    assert len(notebooks.sync(project)) == 2
+    first = {path: path.read_bytes() for path in project.glob("notebooks/*.ipynb")}
+    assert notebooks.sync(project) == []
+    assert notebooks.check(project) == []
+    for path in first:
+        path.unlink()
+    notebooks.sync(project)
+    assert {path: path.read_bytes() for path in first} == first
+    path = next(iter(first))
+    path.write_bytes(first[path].replace(b"prose", b"words"))
+    assert [re.search("differs from", fault) is not None for fault in notebooks.check(project)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [("\n".join(f"x{i} = {i}" for i in range(26)), "more than 25 lines"), ("def f():\n    return 1", "belongs into")],
+)
+def test_check_finds_what_does_not_belong_into_a_cell(project: Path, code: str, fault: str) -> None:
+    chapter(project, "01", code)
+    notebooks.sync(project)
+    assert any(fault in line for line in notebooks.check(project))
+
+
+def test_check_finds_wrong_parameters(project: Path) -> None:
+    path = project / "notebooks" / "01_chapter.md"
+    path.write_text(path.read_text().replace("seeds = None\n", ""))
+    notebooks.sync(project)
+    assert any("must set profile, seeds, device, store" in line for line in notebooks.check(project))
+
+
+def test_committed_notebooks_agree_with_their_sources_and_have_no_outputs() -> None:
+    assert notebooks.check(ROOT) == []
+    for source in notebooks.sources(ROOT):
+        notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+        nbformat.validate(notebook)
+        assert all(not cell.get("outputs") for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("source", notebooks.sources(ROOT), ids=lambda source: source.stem)
+def test_each_chapter_runs_alone_under_papermill(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.ipynb"
+    given = {"profile": "smoke", "store": str(tmp_path / "store")}
+    papermill.execute_notebook(
+        str(source.with_suffix(".ipynb")), str(out), given, cwd=str(source.parent), progress_bar=False
+    )
+    executed = nbformat.read(out, as_version=4)
+    assert executed.metadata.papermill.exception is None

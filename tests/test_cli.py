@@ -1,0 +1,156 @@
+"""The command line: what it says, its exit codes, and one line for each kind of bad input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from hessnb.cli import main
+from hessnb.experiments.store import Store
+
+SMOKE = ["--profile", "smoke"]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli") / "store"
+    done = call("run", "table7", "fig1", *SMOKE, "--store", root)
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 networks" in done.stdout
+    return root
+
+
+def test_help_of_every_command_teaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = call("--help").stdout
+    assert "Exit codes" in text
+    for command in main.commands:
+        assert command in text
+        told = call(command, "--help")
+        assert told.exit_code == 0
+        assert len(told.stdout.splitlines()) > 4
+
+
+def test_status_shows_what_is_there(store: Path) -> None:
+    shown = call("status", *SMOKE, "--store", store)
+    assert shown.exit_code == 0
+    assert "there" in shown.stdout
+    assert "4/4" in shown.stdout
+    every = call("status", "--all", "--store", store)
+    assert all(profile in every.stdout for profile in ("smoke", "quick", "laptop", "paper"))
+
+
+def test_record_publishes_and_then_has_nothing_more_to_do(store: Path, tmp_path: Path) -> None:
+    first = call("record", *SMOKE, "--store", store, "--into", tmp_path)
+    assert first.exit_code == 0, first.output
+    assert "6 file(s) changed" in first.stdout
+    assert "0 file(s) changed" in call("record", *SMOKE, "--store", store, "--into", tmp_path).stdout
+
+
+def test_store_check_finds_a_damaged_file(store: Path) -> None:
+    assert call("store", "check", "--store", store).exit_code == 0
+    path = next(store.rglob("run.json"))
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:100])
+        shown = call("store", "check", "--store", store)
+        assert shown.exit_code == 2
+        assert str(path) in shown.stderr
+    finally:
+        path.write_bytes(content)
+
+
+def test_data_list_names_every_set_and_how_to_get_it(tmp_path: Path) -> None:
+    shown = call("data", "list", "--root", tmp_path)
+    assert shown.exit_code == 0
+    assert "hessnb data fetch cifar100" in shown.stdout
+    assert "mnistm5k" in shown.stdout
+
+
+BAD = {
+    "artefact": (["run", "table99", *SMOKE], "unknown artefact 'table99'"),
+    "profile": (["run", "table7", "--profile", "huge"], "unknown profile 'huge'"),
+    "profile file": (["run", "table7", "--profile", "absent.toml"], "absent.toml cannot be read"),
+    "seeds": (["run", "table7", *SMOKE, "--seeds", 0], "seeds = 0"),
+    "chapter": (["book", "42", *SMOKE], "unknown chapter '42'"),
+    "data set": (["data", "fetch", "imagenet"], "unknown data set 'imagenet'"),
+    "data that comes with the package": (["data", "fetch", "mnist5k"], "needs no download"),
+    "device": (["run", "table7", *SMOKE, "--device", "abacus"], "device 'abacus' cannot be used here"),
+    "record artefact": (["record", "fig99", *SMOKE], "unknown artefact 'fig99'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_two(case: str, tmp_path: Path) -> None:
+    arguments, message = BAD[case]
+    with_store = [] if arguments[0] == "data" else ["--store", tmp_path / "store"]
+    shown = call(*arguments, *with_store)
+    assert shown.exit_code == 2
+    assert message in shown.stderr
+    assert len(shown.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_bad_input(tmp_path: Path) -> None:
+    for command in (["run", "table7"], ["book"]):
+        shown = call(*command, *SMOKE, "--device", "cuda", "--store", tmp_path)
+        assert shown.exit_code == 2
+        assert "device 'cuda' cannot be used here" in shown.stderr
+
+
+PROFILE = (Path(__file__).parents[1] / "hessnb" / "experiments" / "profiles" / "smoke.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("batch_sizes = [20, 100]", "batch_sizes = [0]", "batch_sizes"),
+        ("batch_sizes = [20, 100]", "batch_sizes = [-5]", "batch_sizes"),
+        ("batch_sizes = [20, 100]", "batch_sizes = [301]", "only 300 samples"),
+        ('name = "mnist5k"', 'name = "mnist6k"', "unknown data set 'mnist6k'"),
+        ('name = "M1"', 'name = "M2"', "unknown model 'M2'"),
+        ("n_train = 300", "n_train = 5000", "mnist5k has 4,000 train images"),
+        ("k = 5", "k = 5\ncolour = 1", "colour"),
+        ("k = 5", "k = 5.5", "spectrum.k"),
+    ],
+)
+def test_bad_profile_is_one_line_and_exit_code_two(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(PROFILE.replace(old, new))
+    shown = call("run", "table7", "--profile", path, "--store", tmp_path / "store")
+    assert shown.exit_code == 2
+    assert message in shown.stderr
+    assert len(shown.stderr.strip().splitlines()) == 1
+
+
+def test_diverged_training_exits_with_one_and_keeps_its_history(tmp_path: Path) -> None:
+    path = tmp_path / "wild.toml"
+    path.write_text(PROFILE.replace("lr = 0.05", "lr = 1e9").replace("[20, 100]", "[100]"))
+    shown = call("run", "fig1", "--profile", path, "--store", tmp_path / "store")
+    assert shown.exit_code == 1
+    assert "diverged" in shown.stderr
+    (result,) = Store(tmp_path / "store").results()
+    assert (result.status, len(result.history)) == ("failed", 1)
+
+
+def test_read_only_store_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    shown = call("run", "fig1", *SMOKE, "--store", tmp_path / "file" / "store")
+    assert shown.exit_code == 2
+    assert "cannot write" in shown.stderr
+    assert len([line for line in shown.stderr.splitlines() if line.startswith("hessnb:")]) == 1
+
+
+def test_module_runs_as_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "hessnb", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "hessnb, version" in done.stdout

@@ -1,0 +1,202 @@
+"""Carrying out the grid: what is computed, what is read, what is published, and that the numbers are true."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hessnb import data, training
+from hessnb.curvature import HessianOperator
+from hessnb.data import Splits
+from hessnb.errors import InputError, RunFailed
+from hessnb.experiments import grid, record, run, status
+from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec, Spectrum
+from hessnb.experiments.store import Store
+from hessnb.paper.published import published as published_table
+from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, provenance, table7, table7_record
+from hessnb.training import Recipe
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store in which table7 of the smoke profile has been computed."""
+    store = Store(tmp_path_factory.mktemp("smoke") / "store")
+    run.compute(store, grid.artefact("table7").tasks(grid.load_profile("smoke")))
+    return store
+
+
+def tasks() -> list[grid.Task]:
+    return grid.artefact("table7").tasks(grid.load_profile("smoke"))
+
+
+def test_outcomes_are_complete_and_the_target_is_reached(smoke: Store) -> None:
+    outcomes = run.look_up(smoke, tasks())
+    assert all(outcome.complete for outcome in outcomes)
+    for outcome in outcomes:
+        assert outcome.result is not None
+        assert outcome.result.reason == "loss target reached"
+        assert outcome.result.history[-1].train_loss <= (outcome.task.spec.recipe.loss_target or 0)
+        assert outcome.result.provenance["seconds"] > 0
+
+
+def test_second_call_computes_nothing(smoke: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(run, "lanczos", lambda *args, **kwargs: pytest.fail("measured again"))
+    assert all(outcome.complete for outcome in run.compute(smoke, tasks()))
+
+
+def test_recorded_numbers_are_those_of_the_network(smoke: Store) -> None:
+    outcome = run.look_up(smoke, tasks())[0]
+    spec = outcome.task.spec
+    model = run.trained_model(smoke, spec)
+    splits = run.load_data(spec.data, "cpu")
+    assert outcome.result is not None
+    last = outcome.result.history[-1]
+    assert training.evaluate(model, splits.test) == (last.test_loss, last.test_accuracy)
+    for measure, found in outcome.measurements.items():
+        split = splits.train if measure.split == "train" else splits.test
+        operator = HessianOperator(model, F.cross_entropy, split.batches(64))
+        top = found.values["eigenvalues"]
+        v = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(1))
+        for _ in range(200):  # an independent method: plain power iteration
+            v = F.normalize(operator.matvec(v), dim=0)
+        assert float(v @ operator.matvec(v)) == pytest.approx(top[0], rel=2e-3)
+        assert max(found.values["residuals"]) <= measure.tol
+        assert found.values["n_samples"] == len(split)
+
+
+def test_diverged_training_is_recorded_as_failed_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    good = tasks()[1]
+    recipe = replace(good.spec.recipe, lr=1e9)
+    bad = grid.Task(good.spec.model_copy(update={"recipe": recipe}), good.measures)
+    failed, done = run.compute(store, [bad, good])
+    assert failed.result is not None
+    assert failed.result.status == "failed"
+    assert "diverged" in failed.result.reason
+    assert len(failed.result.history) >= 1
+    assert failed.measurements == {}
+    assert failed.complete, "it is not tried again"
+    assert done.complete
+
+
+def test_notebook_call_raises_for_a_failed_training(tmp_path: Path) -> None:
+    text = (Path(grid.__file__).parent / "profiles" / "smoke.toml").read_text().replace("lr = 0.05", "lr = 1e9")
+    (tmp_path / "wild.toml").write_text(text)
+    with pytest.raises(RunFailed, match="diverged"):
+        run.results("fig1", profile=str(tmp_path / "wild.toml"), store=tmp_path / "store")
+
+
+def test_batch_larger_than_the_set_is_an_input_error_and_leaves_no_result(tmp_path: Path) -> None:
+    spec = tasks()[0].spec
+    large = spec.model_copy(update={"recipe": replace(spec.recipe, batch_size=301)})
+    store = Store(tmp_path / "store")
+    with pytest.raises(InputError, match="only 300 samples"):
+        run.train_run(store, large)
+    assert store.result(large) is None
+
+
+def test_missing_data_set_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HESSNB_DATA", str(tmp_path))
+    run.load_data.cache_clear()
+    spec = RunSpec(
+        data=DataSpec(name="mnist"), model=ModelSpec(name="M1"), recipe=Recipe(64, 0.01, 0.9, 1, 0)
+    )
+    with pytest.raises(InputError, match="hessnb data fetch mnist"):
+        run.train_run(Store(tmp_path / "store"), spec)
+
+
+def test_record_is_deterministic_complete_and_without_orphans(smoke: Store, tmp_path: Path) -> None:
+    profile = grid.load_profile("smoke")
+    written = record.publish(smoke, tmp_path, profile)
+    assert record.publish(smoke, tmp_path, profile) == []
+    found = record.recorded("table7", "smoke", tmp_path)
+    assert found == run.look_up(smoke, tasks())
+    planned = {task.spec.slug for task in tasks()}
+    assert {path.parent.name for path in written} == planned
+    assert not [path for path in tmp_path.rglob("*") if path.suffix not in ("", ".json")]
+
+
+def test_committed_record_resolves_in_the_grid() -> None:
+    """Each recorded number belongs to a run of the grid, and says where it came from."""
+    folder = record.record_root()
+    assert folder is not None
+    for profile_folder in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else []:
+        profile = grid.load_profile(profile_folder.name)
+        known = {
+            f"{task.spec.slug}/{name}"
+            for artefact in grid.ARTEFACTS.values()
+            for task in artefact.tasks(profile, 10)
+            for name in ("run.json", *(f"{measure.slug}.json" for measure in task.measures))
+        }
+        for path in profile_folder.rglob("*.json"):
+            assert f"{path.parent.name}/{path.name}" in known, f"{path} is an orphan"
+            told = json.loads(path.read_text())["provenance"]
+            assert {"commit", "date", "device", "seed", "seconds", "torch"} <= told.keys()
+
+
+def test_status_says_what_is_there_and_estimates_the_rest(smoke: Store) -> None:
+    there = {line.artefact: line for line in status.lines(smoke, grid.load_profile("smoke"))}
+    assert there["table7"].state == "there"
+    assert there["table7"].left == "nothing"
+    more = {line.artefact: line for line in status.lines(smoke, grid.load_profile("smoke"), 2)}
+    assert more["table7"].state == "partly there"
+    assert (more["table7"].runs_done, more["table7"].runs) == (2, 4)
+    assert more["table7"].left.startswith("about ")
+    none = {line.artefact: line for line in status.lines(smoke, grid.load_profile("paper"), 1)}
+    assert none["fig1"].state == "missing"
+    assert "not known" in none["fig1"].left
+
+
+def test_published_table_is_the_papers() -> None:
+    table = published_table("table7")
+    assert list(table.index) == [64, 128, 256, 512, 1024, 2048]
+    assert table.loc[64, ["lambda1_train", "lambda1_test", "accuracy_test"]].tolist() == [0.49, 2.96, 99.21]
+    assert table.loc[2048, ["lambda1_train", "lambda1_test", "adversarial_0.05_test"]].tolist() == [44.30, 49.36, 94]
+    with pytest.raises(InputError, match="table12"):
+        published_table("table12")
+
+
+def test_table_shows_ours_beside_the_papers_and_says_what_is_missing(smoke: Store) -> None:
+    outcomes = run.look_up(smoke, tasks())
+    table = table7(outcomes, name="tab-x", caption="a caption")
+    assert [row[0] for row in table.rows] == ["20", "100"]
+    first = next(iter(outcomes[0].measurements.values())).values["eigenvalues"][0]
+    assert table.rows[0][3].startswith(f"{first:.2f} (")
+    empty = table7([replace(outcomes[0], result=None, measurements={})], name="tab-y", caption="a caption")
+    assert empty.rows[0][1] == empty.rows[0][3] == NOT_MEASURED
+    markdown, page = table._repr_markdown_(), table._repr_html_()
+    assert ":name: tab-x" in markdown
+    assert "<caption>a caption</caption>" in page
+    assert provenance(outcomes, name="tab-p", caption="").rows[0][1] == outcomes[0].task.spec.key
+
+
+def test_recorded_table_has_a_row_for_each_batch_size_of_the_paper() -> None:
+    assert [row[0] for row in table7_record().rows] == ["64", "128", "256", "512", "1024", "2048"]
+
+
+def test_spread_is_the_sample_standard_deviation() -> None:
+    assert mean_and_spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
+    assert mean_and_spread([1.25], 2) == "1.25"
+    assert mean_and_spread([], 2) == NOT_MEASURED
+
+
+def test_training_on_all_of_mnist_starts_as_the_paper_has_it(published: Callable[[str], Splits]) -> None:
+    """One epoch of the paper's batch-64 row: the whole path on the published data (the full row takes half an hour)."""
+    splits = published("mnist")
+    task = grid.artefact("table7").tasks(grid.load_profile("paper"), 1)[0]
+    assert (len(splits.train), len(splits.test)) == (60_000, 10_000)
+    model: nn.Module = run.new_model(task.spec, len(splits.classes))
+    recipe = replace(task.spec.recipe, max_epochs=1)
+    state = training.train(model, splits, recipe)
+    assert state.history[0].test_accuracy > 0.97
+    operator = HessianOperator(model, F.cross_entropy, data.Split(*splits.test.head(1000).batches(1000)[0]).batches(250))
+    assert torch.isfinite(operator.matvec(torch.ones(operator.shape[0]))).all()
+    assert Spectrum(split="train", k=20, tol=1e-4) in task.measures

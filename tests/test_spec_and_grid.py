@@ -1,0 +1,131 @@
+"""Specifications, their keys, profiles, and what the grid asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hessnb.errors import InputError
+from hessnb.experiments import grid
+from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec, Spectrum
+from hessnb.training import Recipe
+
+RECIPE = Recipe(batch_size=64, lr=0.01, momentum=0.9, max_epochs=10, seed=0, loss_target=0.001)
+SPEC = RunSpec(data=DataSpec(name="mnist"), model=ModelSpec(name="M1"), recipe=RECIPE)
+
+
+def test_key_depends_on_content_alone() -> None:
+    again = RunSpec.parse(SPEC.model_dump(mode="json"), "here")
+    assert again == SPEC
+    assert again.key == SPEC.key
+
+
+def test_key_differs_when_any_field_differs() -> None:
+    others = [
+        SPEC.model_copy(update={"data": DataSpec(name="mnist", n_train=100)}),
+        SPEC.model_copy(update={"model": ModelSpec(name="M1", variant="strided")}),
+        SPEC.model_copy(update={"recipe": Recipe(64, 0.01, 0.9, 10, 1, 0.001)}),
+    ]
+    assert len({SPEC.key, *(other.key for other in others)}) == 4
+
+
+def test_absent_fields_do_not_enter_the_key() -> None:
+    assert "n_train" not in SPEC.canonical()
+    assert "null" not in SPEC.canonical()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"data": {"name": "imagenet"}}, "imagenet"),
+        ({"model": {"name": "VGG"}}, "VGG"),
+        ({"model": {"name": "M1", "variant": "wide"}}, "wide"),
+        ({"data": {"name": "cifar10"}}, "colour channels"),
+        ({"data": {"name": "mnist", "n_train": "100"}}, "n_train"),
+        ({"recipe": {"batch_size": 0, "lr": 0.1, "momentum": 0.9, "max_epochs": 1, "seed": 0}}, "batch_size"),
+        ({"recipe": {"batch_size": 8, "speed": 1}}, "speed"),
+        ({"colour": "blue"}, "colour"),
+    ],
+)
+def test_wrong_specification_is_one_line_that_names_the_fault(content: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=named) as error:
+        RunSpec.parse(SPEC.model_dump(mode="json") | content, "the file")
+    assert str(error.value).startswith("the file: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", grid.profile_names())
+def test_every_profile_and_artefact_resolves(name: str) -> None:
+    profile = grid.load_profile(name)
+    assert profile.name == name
+    for artefact in grid.ARTEFACTS.values():
+        tasks = artefact.tasks(profile, 2)
+        assert {task.spec.recipe.seed for task in tasks} == {0, 1}
+        assert len({task.spec.key for task in tasks}) == len(tasks)
+
+
+def test_paper_profile_is_the_papers_table_seven() -> None:
+    profile = grid.load_profile("paper")
+    specs = [task.spec for task in grid.artefact("table7").tasks(profile, 1)]
+    assert [spec.recipe.batch_size for spec in specs] == [64, 128, 256, 512, 1024, 2048]
+    assert {(s.data, s.model, s.recipe.loss_target) for s in specs} == {
+        (DataSpec(name="mnist"), ModelSpec(name="M1"), 0.001)
+    }
+    measures = grid.artefact("table7").tasks(profile, 1)[0].measures
+    assert measures == (Spectrum(split="train", k=20, tol=1e-4), Spectrum(split="test", k=1, tol=1e-4))
+
+
+def test_figure_and_table_share_their_runs_and_spectra() -> None:
+    profile = grid.load_profile("quick")
+    table, figure = (grid.artefact(name).tasks(profile, 1) for name in ("table7", "fig1"))
+    assert [task.spec for task in table] == [task.spec for task in figure]
+    assert all(set(f.measures) <= set(t.measures) for t, f in zip(table, figure, strict=True))
+
+
+def _with(tmp_path: Path, old: str, new: str) -> Path:
+    text = (Path(grid.__file__).parent / "profiles" / "smoke.toml").read_text()
+    assert old in text
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("seeds = 1", "seeds = 1\nspeed = 3", "speed"),
+        ("seeds = 1", 'seeds = "one"', "seeds"),
+        ("seeds = 1", "seeds = 0", "seeds"),
+        ("lr = 0.05", "lr = -0.05", "lr"),
+        ("batch_sizes = [20, 100]", 'batch_sizes = ["20"]', "batch_sizes"),
+        ("batch_sizes = [20, 100]", "batch_sizes = []", "batch_sizes"),
+        ("[large_batch.M1]", "[large_batch.C1]", "M1"),
+        ("seeds = 1", "seeds = = 1", "TOML"),
+    ],
+)
+def test_wrong_profile_is_one_line_that_names_the_fault(tmp_path: Path, old: str, new: str, named: str) -> None:
+    with pytest.raises(InputError, match=named) as error:
+        grid.load_profile(_with(tmp_path, old, new))
+    assert "\n" not in str(error.value)
+
+
+def test_own_profile_is_read_from_its_path(tmp_path: Path) -> None:
+    profile = grid.load_profile(_with(tmp_path, "seeds = 1", "seeds = 4"))
+    assert (profile.name, profile.seeds) == ("mine", 4)
+
+
+@pytest.mark.parametrize("name", ["huge", "no/such/file.toml"])
+def test_unknown_profile_is_an_input_error(name: str) -> None:
+    with pytest.raises(InputError, match=name):
+        grid.load_profile(name)
+
+
+def test_unknown_artefact_lists_what_there_is() -> None:
+    with pytest.raises(InputError, match=r"table9.*table7"):
+        grid.artefact("table9")
+
+
+def test_seeds_must_be_positive() -> None:
+    with pytest.raises(InputError, match="seeds = 0"):
+        grid.artefact("fig1").tasks(grid.load_profile("smoke"), 0)

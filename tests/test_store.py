@@ -1,0 +1,197 @@
+"""The store: what it keeps, what it refuses, and that a damaged file is one clear line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hessnb.errors import InputError
+from hessnb.experiments import store as module
+from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec, Spectrum
+from hessnb.experiments.store import Measurement, RunResult, Store
+from hessnb.training import Epoch, Recipe, State
+
+SPEC = RunSpec(
+    data=DataSpec(name="mnist5k", n_train=100),
+    model=ModelSpec(name="M1", width=0.1),
+    recipe=Recipe(batch_size=10, lr=0.1, momentum=0.9, max_epochs=3, seed=0),
+)
+MEASURE = Spectrum(split="train", k=2, tol=1e-3)
+HISTORY = [Epoch(1, 0.1, 2.0, 0.25, 2.1, 0.2, 0.5), Epoch(2, 0.1, 1.0, 0.75, 1.5, 0.5, 0.5)]
+STATE = State(2, {"weight": torch.arange(6.0).view(2, 3), "steps": torch.tensor(7)}, [torch.ones(2, 3)], HISTORY)
+RESULT = RunResult(SPEC, "done", "3 epochs done", HISTORY, {"commit": None, "seconds": 1.0})
+MEASUREMENT = Measurement(MEASURE, {"eigenvalues": [0.1 + 0.2, -1e-300]}, {"seconds": 0.25})
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Store:
+    """A store with one result, one measurement, and the checkpoint of another run."""
+    store = Store(tmp_path / "store")
+    store.save_result(RESULT, STATE)
+    store.save_measurement(SPEC, MEASUREMENT)
+    store.save_checkpoint(other(), STATE)
+    return store
+
+
+def other() -> RunSpec:
+    return SPEC.model_copy(update={"data": DataSpec(name="mnist5k", n_train=200)})
+
+
+def test_everything_comes_back_bit_for_bit(full: Store) -> None:
+    again = Store(full.root)
+    assert again.result(SPEC) == RESULT
+    assert again.measurement(SPEC, MEASURE) == MEASUREMENT
+    assert list(again.results()) == [RESULT]
+    assert list(again.measurements(SPEC)) == [MEASUREMENT]
+    weights = again.weights(SPEC)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in STATE.model.items())
+    state = again.checkpoint(other())
+    assert state is not None
+    assert (state.epoch, state.history) == (2, HISTORY)
+    assert torch.equal(state.momentum[0], STATE.momentum[0])
+    assert again.check() == []
+
+
+def test_what_is_not_there_is_none(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    assert store.result(SPEC) is None
+    assert store.measurement(SPEC, MEASURE) is None
+    assert store.checkpoint(SPEC) is None
+    with pytest.raises(InputError, match="has not been trained"):
+        store.weights(SPEC)
+    assert not store.root.exists(), "looking must not create anything"
+
+
+def test_result_ends_the_checkpoint(full: Store) -> None:
+    full.save_result(RunResult(other(), "done", "", HISTORY, {}), STATE)
+    assert full.checkpoint(other()) is None
+
+
+def test_failed_training_is_kept_with_its_history_and_without_weights(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save_result(RunResult(SPEC, "failed", "diverged", HISTORY, {}), STATE)
+    found = store.result(SPEC)
+    assert found is not None
+    assert (found.status, found.history) == ("failed", HISTORY)
+    with pytest.raises(InputError):
+        store.weights(SPEC)
+
+
+def files(store: Store) -> list[Path]:
+    return sorted(path for path in store.root.rglob("*") if path.suffix in (".json", ".safetensors"))
+
+
+def read_all(store: Store) -> None:
+    again = Store(store.root)
+    again.result(SPEC)
+    again.measurement(SPEC, MEASURE)
+    again.weights(SPEC)
+    again.checkpoint(other())
+
+
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "one byte changed", "other content"])
+def test_damaged_file_is_one_line_that_names_it_and_the_remedy(full: Store, index: int, damage: str) -> None:
+    path = files(full)[index]
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif damage == "emptied":
+        content = bytearray()
+    elif damage == "one byte changed":
+        place = content.index(b"weight") if path.name == "weights.safetensors" else content.index(b'"') + 1
+        content[place] ^= 0x20
+    else:
+        content = bytearray(b'{"sha256": "0", "body": {}}')
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_all(full)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value).strip()
+    assert "remove it" in str(error.value)
+    if path.name != "store.json":
+        assert len(full.check()) == 1
+
+
+def test_change_in_the_numbers_of_a_tensor_is_noticed(full: Store) -> None:
+    path = next(full.root.rglob("weights.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="checksum"):
+        full.weights(SPEC)
+
+
+def test_store_of_a_newer_schema_is_refused(full: Store) -> None:
+    body = {"schema": module.SCHEMA + 1}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    (full.root / "store.json").write_text(json.dumps({"sha256": module._digest(text.encode()), "body": body}))
+    with pytest.raises(InputError, match="newer hessnb"):
+        Store(full.root)
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder of other things"])
+def test_something_else_in_the_place_of_the_store_is_refused(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "place"
+    if kind == "a file":
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        (place / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="neither a store nor an empty folder"):
+        Store(place)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("call", ["mkstemp", "fsync", "replace"])
+def test_disk_that_refuses_a_write_leaves_what_was_there(
+    full: Store, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    before = {path: path.read_bytes() for path in files(full)}
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(tempfile if call == "mkstemp" else os, call, refuse)
+    for write in (
+        lambda: full.save_checkpoint(other(), STATE),
+        lambda: full.save_measurement(SPEC, MEASUREMENT),
+        lambda: full.save_result(RESULT, STATE),
+    ):
+        with pytest.raises(InputError, match=os.strerror(code)) as error:
+            write()
+        assert "--store" in str(error.value)
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in files(full)} == before
+    assert not list(full.root.rglob("*.part"))
+
+
+def test_store_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / "store")
+    with pytest.raises(InputError, match="cannot write"):
+        store.save_measurement(SPEC, MEASUREMENT)
+
+
+def test_lock_sweeps_what_a_killed_writer_left(full: Store) -> None:
+    leftover = next(full.root.rglob("run.json")).parent / ".run.json.abc.part"
+    leftover.write_bytes(b"half")
+    with full.lock(SPEC):
+        assert not leftover.exists()
+
+
+def test_root_is_the_argument_then_the_variable_then_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HESSNB_STORE", str(tmp_path / "variable"))
+    assert module.store_root(tmp_path / "argument") == tmp_path / "argument"
+    assert module.store_root() == tmp_path / "variable"
+    monkeypatch.delenv("HESSNB_STORE")
+    assert module.store_root().parts[-2:] == ("hessnb", "store")
