@@ -52,7 +52,9 @@ def project(tmp_path: Path) -> Path:
     """A book of an intro and two chapters."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "book").mkdir()
-    (tmp_path / "_config.yml").write_text("title: small\nonly_build_toc_files: true\nexecute: {execute_notebooks: 'off'}\n")
+    (tmp_path / "_config.yml").write_text(
+        "title: small\nonly_build_toc_files: true\nexecute: {execute_notebooks: 'off'}\n"
+    )
     (tmp_path / "_toc.yml").write_text(
         "format: jb-book\nroot: book/intro\nchapters:\n"
         "- file: notebooks/01_chapter.ipynb\n- file: notebooks/02_chapter.ipynb\n"
@@ -125,7 +127,10 @@ def test_notebooks_executed_elsewhere_are_gated_and_published(project: Path, tmp
     notebooks.sync(project)
     for source in notebooks.sources(project):
         papermill.execute_notebook(
-            str(source.with_suffix(".ipynb")), str(away / f"{source.stem}.ipynb"), {"profile": "paper"}, progress_bar=False
+            str(source.with_suffix(".ipynb")),
+            str(away / f"{source.stem}.ipynb"),
+            {"profile": "paper"},
+            progress_bar=False,
         )
     build(project, SMOKE, executed=away, say=lambda text: None)
     page = (project / "book" / "_build" / "html" / "notebooks" / "02_chapter.html").read_text()

@@ -75,7 +75,7 @@ def test_data_list_names_every_set_and_how_to_get_it(tmp_path: Path) -> None:
     assert "mnistm5k" in shown.stdout
 
 
-BAD = {
+BAD: dict[str, tuple[list[object], str]] = {
     "artefact": (["run", "table99", *SMOKE], "unknown artefact 'table99'"),
     "profile": (["run", "table7", "--profile", "huge"], "unknown profile 'huge'"),
     "profile file": (["run", "table7", "--profile", "absent.toml"], "absent.toml cannot be read"),

@@ -40,7 +40,7 @@ def synthetic(name: str) -> Arrays:
 
 
 def write_torchvision(name: str, folder: Path, arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write ``arrays`` as torchvision's unpacked download, tell torchvision their checksums, and return a file of it."""
+    """Write ``arrays`` as torchvision unpacks a download, tell it their checksums, and return one of the files."""
     if name == "mnist":
         raw = folder / "MNIST" / "raw"
         raw.mkdir(parents=True)
@@ -74,7 +74,8 @@ def write_torchvision(name: str, folder: Path, arrays: Arrays, monkeypatch: pyte
         monkeypatch.setattr(dataset, f"{split}_list", [list(pair) for pair in zip(files, sums, strict=True)])
     checksum = write(dataset.meta["filename"], {dataset.meta["key"]: arrays["classes"].tolist()})
     monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": checksum})
-    return batches / dataset.train_list[0][0]
+    written: Path = batches / str(dataset.train_list[0][0])
+    return written
 
 
 def assert_same(found: Splits, arrays: Arrays) -> None:
@@ -113,7 +114,7 @@ def test_a_packaged_set_has_4000_and_1000_balanced_images_in_0_1(name: str, shap
         assert split.images.shape == (n, *shape)
         assert split.images.dtype == torch.float32
         assert split.images.is_contiguous()
-        assert (split.images.min(), split.images.max()) == (0, 1)
+        assert (split.images.min().item(), split.images.max().item()) == (0, 1)
         assert split.labels.dtype == torch.int64
         assert split.labels.bincount().tolist() == [n // 10] * 10
         assert len(split) == n

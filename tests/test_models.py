@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,7 +30,7 @@ def conv(channels_in: int, channels_out: int, kernel: int) -> int:
 
 
 def linear(*sizes: int) -> int:
-    return sum((n_in + 1) * n_out for n_in, n_out in zip(sizes, sizes[1:], strict=False))
+    return sum((n_in + 1) * n_out for n_in, n_out in itertools.pairwise(sizes))
 
 
 def c2_c3_convolutions() -> int:
@@ -37,7 +38,7 @@ def c2_c3_convolutions() -> int:
 
 
 def cr() -> int:
-    """The first convolution, then per stage 6 convolutions and their batch norms; a projection where channels double."""
+    """The first convolution, then 6 convolutions and batch norms a stage; a projection where channels double."""
     total = 3 * 16 * 9 + 2 * 16
     channels_in = 16
     for channels in (16, 32, 64):
@@ -112,7 +113,7 @@ def test_without_a_seed_the_weights_come_from_the_global_random_state() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(5)
         drawn = build("M1", width=0.1)
-        assert not torch.equal(drawn[0].weight, build("M1", width=0.1)[0].weight)  # type: ignore[index, arg-type]
+        assert not torch.equal(drawn[0].weight, build("M1", width=0.1)[0].weight)  # type: ignore[index]
     seeded = build("M1", width=0.1, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(drawn.parameters(), seeded.parameters(), strict=True))
 

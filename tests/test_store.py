@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,12 @@ def test_disk_that_refuses_a_write_leaves_what_was_there(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(tempfile if call == "mkstemp" else os, call, refuse)
-    for write in (
+    writes: list[Callable[[], None]] = [
         lambda: full.save_checkpoint(other(), STATE),
         lambda: full.save_measurement(SPEC, MEASUREMENT),
         lambda: full.save_result(RESULT, STATE),
-    ):
+    ]
+    for write in writes:
         with pytest.raises(InputError, match=os.strerror(code)) as error:
             write()
         assert "--store" in str(error.value)

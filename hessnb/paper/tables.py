@@ -110,7 +110,7 @@ def table7(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
                 _published(paper, batch_size, "accuracy", "{:g}"),
                 _train_test([_lambda1(cells, "train"), _lambda1(cells, "test")], 2),
                 _published(paper, batch_size, "lambda1", "{:.2f}"),
-                _train_test([[float(len(o.result.history)) for o in cells if o.result]], 0),
+                _train_test([[float(len(o.result.history)) for o in cells if o.result]], 0, missing="–"),
                 str(sum(o.result is not None for o in cells)),
             )
         )
@@ -165,10 +165,10 @@ _LAYERS = {
 }
 
 
-def _train_test(pair: Sequence[Sequence[float]], digits: int) -> str:
+def _train_test(pair: Sequence[Sequence[float]], digits: int, missing: str = NOT_MEASURED) -> str:
     shown = [mean_and_spread(values, digits) for values in pair]
     if all(text == NOT_MEASURED for text in shown):
-        return NOT_MEASURED
+        return missing
     return shown[0] if len(shown) == 1 else f"{shown[0]} ({shown[1]})"
 
 

@@ -21,8 +21,15 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
 ]
 
-PAGES = ["book/intro.html", "notebooks/01_models_and_data.html", "notebooks/02_saddle_free.html",
-         "notebooks/03_hessian_spectrum.html", "book/silent.html", "book/provenance.html", "book/bibliography.html"]  # fmt: skip
+PAGES = [
+    "book/intro.html",
+    "notebooks/01_models_and_data.html",
+    "notebooks/02_saddle_free.html",
+    "notebooks/03_hessian_spectrum.html",
+    "book/silent.html",
+    "book/provenance.html",
+    "book/bibliography.html",
+]
 WITH_MATHEMATICS = {page for page in PAGES if page.startswith("notebooks/") or page == "book/silent.html"}
 FIGURES = {"01": 1, "02": 2, "03": 3}
 WIDTHS = {"phone": 390, "desk": 1280}
