@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROFILE ?= quick
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lab check format clean
+.PHONY: help env book test lab check format bench clean
 
 help:
 	@echo "make book    execute the notebooks (profile $(PROFILE)) and build the HTML in book/_build/html; about 6 minutes"
@@ -13,6 +13,7 @@ help:
 	@echo "make lab     the notebooks in Jupyter"
 	@echo "make check   formatting, lint, types, notebook pairs; half a minute"
 	@echo "make format  put formatting, lint and notebook pairs right where a machine can"
+	@echo "make bench   speed against peers, as ratios in one run; needs MNIST (hessnb data fetch mnist)"
 	@echo "make clean   remove what was built; keeps .venv and the results in the store"
 	@echo "The first target also makes $(VENV), in 2 to 5 minutes."
 
@@ -48,6 +49,9 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/hessnb notebooks sync
+
+bench: env
+	$(BIN)/python tests/benchmarks/training_speed.py
 
 clean:
 	rm -rf book/_build build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -120,7 +120,13 @@ def _execute(root: Path, source: Path, parameters: Parameters) -> nbformat.Noteb
     given = {name: value for name, value in asdict(parameters).items() if value is not None}
     try:
         papermill.execute_notebook(
-            str(plain), str(failed), given, kernel_name="python3", cwd=str(source.parent), progress_bar=False
+            str(plain),
+            str(failed),
+            given,
+            kernel_name="python3",
+            cwd=str(source.parent),
+            progress_bar=False,
+            extra_arguments=["--log-level=ERROR"],  # the kernel would warn of its own loopback socket
         )
     except papermill.PapermillExecutionError as error:
         raise RunFailed(

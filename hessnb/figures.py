@@ -32,6 +32,7 @@ def style() -> Iterator[None]:
         "axes.spines.right": False,
         "axes.grid": True,
         "grid.alpha": 0.3,
+        "figure.dpi": 150,
         "font.size": 12,
         "legend.frameon": False,
         "lines.linewidth": 1.8,
@@ -55,16 +56,16 @@ def _new(
 
 def samples(sets: Mapping[str, Splits], n: int = 10) -> Figure:
     """Show the first ``n`` training images of each set, one row a set."""
-    figure, axes = plt.subplots(len(sets), n, figsize=(6.4, 0.85 * len(sets)), layout="constrained", squeeze=False)
-    plt.close(figure)
-    for row, (name, splits) in zip(axes, sets.items(), strict=True):
-        for axis, image, label in zip(row, splits.train.images, splits.train.labels, strict=False):
-            axis.imshow(image.permute(1, 2, 0).squeeze().numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set_title(splits.classes[int(label)], fontsize=9)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-        row[0].set_ylabel(name, fontsize=9)
+    with style():
+        figure, axes = plt.subplots(len(sets), n, figsize=(6.4, 0.85 * len(sets)), layout="constrained", squeeze=False)
+        plt.close(figure)
+        for row, (name, splits) in zip(axes, sets.items(), strict=True):
+            for axis, image, label in zip(row, splits.train.images, splits.train.labels, strict=False):
+                axis.imshow(image.permute(1, 2, 0).squeeze().numpy(), cmap="gray", vmin=0, vmax=1)
+                axis.set_title(splits.classes[int(label)], fontsize=9)
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+            row[0].set_ylabel(name, fontsize=9)
     return figure
 
 

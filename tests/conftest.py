@@ -16,6 +16,12 @@ from hessnb.data import Splits, data_root, load, where
 from hessnb.models import build
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Compute on one thread: the tests' tensors are small, and threads that share busy cores wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def published() -> Callable[[str], Splits]:
     """Return a function that loads a published set, and skips the test where the set is not found."""

@@ -1,178 +1,287 @@
-"""The trainer: the same weights as a plain loop, honest stopping, exact resumption, clear refusals."""
+"""hessnb.training: the loop, when it stops, how it resumes, its errors, and evaluation."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessnb.data import Split, Splits, load
-from hessnb.errors import InputError
+from hessnb import training
+from hessnb.data import Split, Splits
+from hessnb.errors import InputError, RunFailed
 from hessnb.models import build
-from hessnb.training import Diverged, Recipe, State, evaluate, train
+from hessnb.training import Diverged, Recipe, State, evaluate, is_finished, reached_target, train
 
-RECIPE = Recipe(batch_size=64, lr=0.05, momentum=0.9, max_epochs=4, seed=5, decay_every=2, decay_factor=0.5)
-
-
-def model() -> nn.Module:
-    return build("M1", width=0.1, seed=0)
+RECIPE = Recipe(batch_size=16, lr=0.05, momentum=0.9, max_epochs=3, seed=7)
 
 
-def weights(network: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(network.parameters()).detach()
+@pytest.fixture
+def data(digits: Splits) -> Splits:
+    """Return 70 training and 30 test digits: a batch of 16 leaves a ragged last one of 6."""
+    return Splits(digits.train.head(70), digits.test.head(30), digits.classes)
 
 
-def frozen(state: State) -> State:
-    """Return a state whose tensors no longer change with the training."""
-    return State(
-        state.epoch,
-        {name: tensor.clone() for name, tensor in state.model.items()},
-        [tensor.clone() for tensor in state.momentum],
-        list(state.history),
-    )
-
-
-def without_seconds(state: State) -> list[object]:
-    return [replace(line, seconds=0) for line in state.history]
-
-
-def test_training_equals_a_plain_loop(digits: Splits) -> None:
-    ours, plain = model(), model()
-    state = train(ours, digits, RECIPE)
-    velocity = [torch.zeros_like(p) for p in plain.parameters()]
-    first = True
-    for epoch in range(4):
-        lr = 0.05 * 0.5 ** (epoch // 2)
-        order = torch.randperm(300, generator=torch.Generator().manual_seed(5 * 1_000_003 + epoch))
-        for start in range(0, 300, 64):  # the last batch holds 44 samples
-            batch = order[start : start + 64]
-            loss = F.cross_entropy(plain(digits.train.images[batch]), digits.train.labels[batch])
-            gradients = torch.autograd.grad(loss, list(plain.parameters()))
-            with torch.no_grad():
-                for parameter, gradient, v in zip(plain.parameters(), gradients, velocity, strict=True):
-                    v.copy_(gradient if first else 0.9 * v + gradient)
-                    parameter.sub_(lr * v)
-            first = False
-    torch.testing.assert_close(weights(ours), weights(plain), rtol=1e-5, atol=1e-6)
-    assert [line.lr for line in state.history] == [0.05, 0.05, 0.025, 0.025]
-    assert [line.epoch for line in state.history] == [1, 2, 3, 4]
-
-
-def test_same_seed_gives_the_same_bits_and_another_seed_does_not(digits: Splits) -> None:
-    runs = []
-    for seed in (5, 5, 6):
-        network = model()
-        train(network, digits, replace(RECIPE, seed=seed))
-        runs.append(weights(network))
-    assert torch.equal(runs[0], runs[1])
-    assert not torch.equal(runs[0], runs[2])
-
-
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
-@pytest.mark.parametrize("name", ["M1", "C1"])
-def test_resuming_after_any_epoch_gives_the_same_bits(digits: Splits, name: str, momentum: float) -> None:
-    data = digits
-    if name == "C1":  # with running statistics
-        data = load("mnistm5k", n_train=60, n_test=20)
-    recipe = replace(RECIPE, batch_size=25, momentum=momentum, max_epochs=3)
-    network = build(name, width=0.1, seed=0)
-    states: list[State] = []
-    final = train(network, data, recipe, on_epoch=lambda state: states.append(frozen(state)))
-    for state in states[:-1]:
-        other = build(name, width=0.1, seed=1)  # its own weights must not matter
-        resumed = train(other, data, recipe, state=state)
-        assert all(
-            torch.equal(a, b) for a, b in zip(other.state_dict().values(), network.state_dict().values(), strict=True)
+def batch_norm_net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 3, 5, stride=3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 8 * 8, 10)
         )
-        assert without_seconds(resumed) == without_seconds(final)
 
 
-def test_training_that_has_ended_is_not_continued(digits: Splits) -> None:
-    network = model()
-    final = frozen(train(network, digits, RECIPE))
-    again = train(model(), digits, RECIPE, state=final)
-    assert again.history == final.history
+def tiny() -> nn.Module:
+    return build("M1", width=0.05, seed=0)
 
 
-def test_stops_at_the_first_epoch_whose_loss_is_at_most_the_target(digits: Splits) -> None:
-    whole = train(model(), digits, replace(RECIPE, max_epochs=12)).history
-    target = whole[6].train_loss
-    expected = next(line.epoch for line in whole if line.train_loss <= target)
-    stopped = train(model(), digits, replace(RECIPE, max_epochs=12, loss_target=target)).history
-    assert len(stopped) == expected
-    assert stopped[-1].train_loss <= target < min(line.train_loss for line in stopped[:-1])
+def bits(model: nn.Module) -> list[Tensor]:
+    return [tensor.clone() for tensor in model.state_dict().values()]
 
 
-def test_losses_of_the_history_are_those_of_the_network_in_eval_mode(digits: Splits) -> None:
-    network = model()
-    last = train(network, digits, RECIPE).history[-1]
-    network.eval()
-    with torch.no_grad():
-        logits = network(digits.train.images).double()
-    assert last.train_loss == pytest.approx(F.cross_entropy(logits, digits.train.labels).item(), rel=1e-6)
-    assert last.train_accuracy == (logits.argmax(1) == digits.train.labels).double().mean().item()
-    assert (last.test_loss, last.test_accuracy) == evaluate(network, digits.test)
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("n", [1, 7, 1000, 1001])
-def test_evaluation_is_exact_for_ragged_sizes_and_leaves_the_modes(n: int) -> None:
-    generator = torch.Generator().manual_seed(n)
-    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3)).double()
-    network[2].eval()
-    modes = [module.training for module in network.modules()]
-    split = Split(
-        torch.rand(n, 1, 2, 2, dtype=torch.float64, generator=generator), torch.randint(3, (n,), generator=generator)
-    )
-    loss, accuracy = evaluate(network, split)
-    assert [module.training for module in network.modules()] == modes
-    logits = network.eval()(split.images)
-    assert loss == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-12)
-    assert accuracy == (logits.argmax(1) == split.labels).double().mean().item()
+def plain_loop(model: nn.Module, data: Split, recipe: Recipe) -> None:
+    """Train without anything of hessnb but the order of samples; momentum is written out."""
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    for epoch in range(recipe.max_epochs):
+        order = training._order(len(data), recipe.seed, epoch).tolist()
+        for start in range(0, len(order), recipe.batch_size):
+            index = order[start : start + recipe.batch_size]
+            loss = F.cross_entropy(model(data.images[index]), data.labels[index])
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            with torch.no_grad():
+                for p, v, g in zip(model.parameters(), velocity, gradients, strict=True):
+                    v.mul_(recipe.momentum).add_(g)
+                    p.sub_(v, alpha=recipe.lr)
 
 
-def test_divergence_is_an_error_that_carries_the_history(digits: Splits) -> None:
-    seen: list[int] = []
-    with pytest.raises(Diverged, match="lower it") as error:
-        train(model(), digits, replace(RECIPE, lr=1e8), on_epoch=lambda state: seen.append(state.epoch))
-    history = error.value.state.history
-    assert not math.isfinite(history[-1].train_loss)
-    assert len(history) == len(seen) + 1, "a diverged epoch is not handed on as a finished one"
+# The loop
 
 
-def test_schedule_decays_in_steps() -> None:
-    recipe = replace(RECIPE, lr=0.8, decay_every=5, decay_factor=0.5)
-    assert [recipe.lr_at(epoch) for epoch in (0, 4, 5, 9, 10)] == [0.8, 0.8, 0.4, 0.4, 0.2]
-    assert replace(recipe, decay_every=None, decay_factor=None).lr_at(99) == 0.8
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("make", [tiny, batch_norm_net])
+def test_training_equals_a_plain_loop_bit_for_bit(data: Splits, make: Callable[[], nn.Module], momentum: float) -> None:
+    recipe = replace(RECIPE, momentum=momentum)
+    ours, plain = make(), make()
+    train(ours, data, recipe)
+    plain_loop(plain, data.train, recipe)
+    assert same(bits(ours), bits(plain))
+    assert not same(bits(ours), bits(make()))
+
+
+def test_the_order_of_samples_is_a_new_permutation_for_each_seed_and_epoch() -> None:
+    orders = [tuple(training._order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_training_leaves_the_global_random_state(
+    data: Splits, untouched: Callable[..., AbstractContextManager[None]]
+) -> None:
+    with untouched():
+        train(tiny(), data, RECIPE)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(data: Splits) -> None:
+    results = []
+    for seed in (1, 1, 2):
+        model = tiny()
+        train(model, data, replace(RECIPE, seed=seed))
+        results.append(bits(model))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+def test_a_network_with_batch_norm_learns(data: Splits) -> None:
+    model = batch_norm_net()
+    state = train(model, data, replace(RECIPE, max_epochs=15))
+    assert state.history[-1].train_accuracy > 0.9
+    assert int(model[1].num_batches_tracked) == 15 * 5  # type: ignore[index]
+
+
+def test_frozen_weights_stay_as_they_are_and_do_not_hinder_a_resumption(data: Splits) -> None:
+    def make() -> nn.Module:
+        model = tiny()
+        next(model.parameters()).requires_grad_(False)
+        return model
+
+    whole, halves = make(), make()
+    train(whole, data, RECIPE)
+    train(halves, data, RECIPE, state=train(halves, data, replace(RECIPE, max_epochs=1)))
+    assert same(bits(whole), bits(halves))
+    assert torch.equal(bits(whole)[0], bits(make())[0])
+    assert not torch.equal(bits(whole)[2], bits(make())[2])
+
+
+# When it stops
+
+
+def test_training_stops_at_the_first_epoch_whose_loss_reaches_the_target(data: Splits) -> None:
+    losses = [epoch.train_loss for epoch in train(batch_norm_net(), data, replace(RECIPE, max_epochs=6)).history]
+    assert losses == sorted(losses, reverse=True)  # so the targets below are reached in their own epoch
+    for epoch in (1, 3, 6):
+        recipe = replace(RECIPE, max_epochs=6, loss_target=losses[epoch - 1])
+        history = train(batch_norm_net(), data, recipe).history
+        assert [line.train_loss for line in history] == losses[:epoch]
+        assert reached_target(history, recipe)
+        assert is_finished(history, recipe)
+
+
+def test_the_loss_and_accuracy_of_an_epoch_are_over_whole_sets_in_eval_mode(data: Splits) -> None:
+    model = batch_norm_net()
+    last = train(model, data, RECIPE).history[-1]
+    for split, loss, accuracy in (
+        (data.train, last.train_loss, last.train_accuracy),
+        (data.test, last.test_loss, last.test_accuracy),
+    ):
+        logits = model.eval()(split.images)
+        assert loss == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-6)
+        assert accuracy == (logits.argmax(1) == split.labels).float().mean().item() == pytest.approx(accuracy)
+        train_mode_loss = F.cross_entropy(model.train()(split.images), split.labels).item()
+        assert loss != pytest.approx(train_mode_loss, rel=1e-3)
+
+
+def test_training_stops_after_max_epochs_when_the_target_is_not_reached(data: Splits) -> None:
+    recipe = replace(RECIPE, loss_target=1e-9)
+    state = train(tiny(), data, recipe)
+    assert state.epoch == len(state.history) == 3
+    assert [epoch.epoch for epoch in state.history] == [1, 2, 3]
+    assert is_finished(state.history, recipe)
+    assert not reached_target(state.history, recipe)
+    assert not is_finished(state.history[:2], recipe)
+
+
+def test_the_learning_rate_decays_in_steps(data: Splits) -> None:
+    recipe = replace(RECIPE, lr=0.08, max_epochs=5, decay_every=2, decay_factor=0.5)
+    assert [recipe.lr_at(epoch) for epoch in range(5)] == [0.08, 0.08, 0.04, 0.04, 0.02]
+    assert [epoch.lr for epoch in train(tiny(), data, recipe).history] == [0.08, 0.08, 0.04, 0.04, 0.02]
+    assert {RECIPE.lr_at(epoch) for epoch in range(100)} == {0.05}
+
+
+def test_the_decayed_learning_rate_is_the_one_that_is_used(data: Splits) -> None:
+    decayed, constant = tiny(), tiny()
+    first = train(constant, data, replace(RECIPE, max_epochs=1))
+    train(constant, data, replace(RECIPE, max_epochs=2, lr=0.005), state=first)
+    train(decayed, data, replace(RECIPE, max_epochs=2, decay_every=1, decay_factor=0.1))
+    assert all(torch.allclose(a, b) for a, b in zip(bits(decayed), bits(constant), strict=True))
+
+
+# How it resumes
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("make", [tiny, batch_norm_net])
+def test_resuming_from_any_epoch_ends_in_the_same_bits(
+    data: Splits, make: Callable[[], nn.Module], momentum: float
+) -> None:
+    recipe = replace(RECIPE, momentum=momentum, max_epochs=4, decay_every=2, decay_factor=0.5)
+    saved: list[State] = []
+
+    def save(state: State) -> None:
+        tensors = {name: tensor.clone() for name, tensor in state.model.items()}
+        saved.append(State(state.epoch, tensors, [m.clone() for m in state.momentum], list(state.history)))
+
+    whole = make()
+    end = train(whole, data, recipe, on_epoch=save)
+    assert [state.epoch for state in saved] == [1, 2, 3, 4]
+    for state in saved:
+        before = [buffer.clone() for buffer in state.momentum]
+        model = make()
+        resumed = train(model, data, recipe, state=state)
+        assert same(bits(model), bits(whole))
+        assert same(resumed.momentum, end.momentum)
+        assert [line.train_loss for line in resumed.history] == [line.train_loss for line in end.history]
+        assert same(before, state.momentum)
+
+
+def test_a_finished_training_is_not_trained_again(data: Splits) -> None:
+    model = tiny()
+    state = train(model, data, RECIPE)
+    before = bits(model)
+    assert train(model, data, RECIPE, state=state).epoch == 3
+    assert same(before, bits(model))
+
+
+# Errors
+
+
+def test_a_training_that_diverges_is_an_error_that_carries_its_history(data: Splits) -> None:
+    calls: list[State] = []
+    with pytest.raises(Diverged, match="training diverged: loss nan after epoch 1 at learning rate 1e") as caught:
+        train(tiny(), data, replace(RECIPE, lr=1e30), on_epoch=calls.append)
+    assert isinstance(caught.value, RunFailed)
+    (line,) = caught.value.state.history
+    assert (line.epoch, line.lr) == (1, 1e30)
+    assert not math.isfinite(line.train_loss)
+    assert not calls
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("batch_size", 0),
-        ("batch_size", -3),
-        ("lr", 0.0),
-        ("lr", -0.1),
-        ("lr", math.nan),
-        ("lr", math.inf),
-        ("momentum", 1.0),
-        ("momentum", -0.1),
+        *(("batch_size", value) for value in (0, -1)),
+        *(("lr", value) for value in (0.0, -0.1, math.inf, math.nan)),
+        *(("momentum", value) for value in (-0.1, 1.0, math.nan)),
         ("max_epochs", 0),
-        ("seed", -1),
-        ("loss_target", 0.0),
+        *(("seed", value) for value in (-1, 2**32)),
+        *(("loss_target", value) for value in (0.0, -1.0, math.nan)),
         ("decay_every", 0),
-        ("decay_every", None),
-        ("decay_factor", 1.5),
+        *(("decay_factor", value) for value in (0.0, 1.5, math.nan)),
     ],
 )
-def test_recipe_that_cannot_be_trained_with_is_refused(field: str, value: object) -> None:
-    with pytest.raises(InputError, match=field):
-        replace(RECIPE, **{field: value})  # type: ignore[arg-type]
+def test_a_value_that_cannot_be_trained_with_is_an_error_that_names_it(field: str, value: Any) -> None:
+    other = {"decay_every": {"decay_factor": 0.5}, "decay_factor": {"decay_every": 1}}.get(field, {})
+    with pytest.raises(InputError, match=f"^{field} = {value}: it must be"):
+        replace(RECIPE, **{field: value}, **other)
 
 
-def test_batch_larger_than_the_training_set_is_refused(digits: Splits) -> None:
-    with pytest.raises(InputError, match="only 300 samples"):
-        train(model(), digits, replace(RECIPE, batch_size=301))
+@pytest.mark.parametrize("half", [{"decay_every": 1}, {"decay_factor": 0.5}])
+def test_half_a_decay_is_an_error(half: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="belong together"):
+        replace(RECIPE, **half)
+
+
+def test_a_batch_may_be_the_whole_training_set_and_no_larger(data: Splits) -> None:
+    assert train(tiny(), data, replace(RECIPE, batch_size=70)).epoch == 3
+    with pytest.raises(InputError, match="batch_size = 71: the training set has only 70 samples"):
+        train(tiny(), data, replace(RECIPE, batch_size=71))
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("batch", [1, 9, 70, 1000])
+def test_evaluate_equals_the_direct_computation(data: Splits, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    monkeypatch.setattr(training, "EVALUATION_BATCH", batch)
+    model = batch_norm_net().double().eval()
+    images, labels = data.train.images.double(), data.train.labels
+    loss, accuracy = evaluate(model, Split(images, labels))
+    logits = model(images)
+    expected = -logits.log_softmax(1)[range(70), labels].mean().item()
+    assert loss == pytest.approx(expected, rel=1e-12)
+    assert accuracy == (logits.argmax(1) == labels).sum().item() / 70
+
+
+def test_evaluate_leaves_the_model_as_it_was(
+    data: Splits, untouched: Callable[..., AbstractContextManager[None]]
+) -> None:
+    model = batch_norm_net().train()
+    list(model.children())[1].eval()
+    with untouched(model):
+        evaluate(model, data.train)
+
+
+def test_a_very_confident_network_has_a_loss_that_is_not_rounded_to_zero(data: Splits) -> None:
+    class Confident(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 20 * F.one_hot(data.train.labels, 10).float()
+
+    assert evaluate(Confident(), data.train)[0] == pytest.approx(9 * math.exp(-20), rel=1e-6)
