@@ -149,7 +149,7 @@ def train(
         state = State(
             epoch=state.epoch + 1,
             model=model.state_dict(),
-            momentum=[optimizer.state[p]["momentum_buffer"] for p in model.parameters()] if recipe.momentum else [],
+            momentum=[_momentum(optimizer, p) for p in model.parameters()] if recipe.momentum else [],
             history=[
                 *state.history,
                 Epoch(state.epoch + 1, lr, train_loss, train_accuracy, test_loss, test_accuracy, seconds),
@@ -160,6 +160,12 @@ def train(
         if on_epoch:
             on_epoch(state)
     return state
+
+
+def _momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
+    """Return a weight's momentum: zero for one that has had no gradient, which is where the optimiser starts."""
+    buffer: Tensor | None = optimizer.state[parameter].get("momentum_buffer")
+    return torch.zeros_like(parameter) if buffer is None else buffer
 
 
 def train_epoch(

@@ -64,7 +64,8 @@ def lanczos(
 
     Stops when all k relative residuals are at most ``tol``, or after ``max_matvecs`` products (default: 10 k + 200,
     at most n), with ``converged`` saying which. Eigenvalues come in descending order of magnitude (LM), descending
-    (LA) or ascending (SA). ``generator`` draws the start vector (default: seed 0). ``progress`` is called with the
+    (LA) or ascending (SA). Copies of a multiple eigenvalue are found where a float64 operator has few distinct ones;
+    elsewhere they may be missed, as in every iteration from one start vector. ``generator`` draws the start vector (default: seed 0). ``progress`` is called with the
     number of products and the largest of the k residuals, or prints them when True.
 
     Raises InputError for a k outside 1..n, a tolerance that is not positive, an unknown ``which``, or a product that
@@ -77,36 +78,49 @@ def lanczos(
         raise InputError(f"tol = {tol}: the tolerance must be positive")
     if which not in ("LM", "LA", "SA"):
         raise InputError(f"which = {which!r}: choose 'LM', 'LA' or 'SA'")
-    limit = min(n, max_matvecs or 10 * k + 200)
+    limit = min(n, 10 * k + 200 if max_matvecs is None else max_matvecs)
     if limit < k:
         raise InputError(f"max_matvecs = {max_matvecs}: {k} eigenvalues need at least {k} products")
     generator = generator or torch.Generator().manual_seed(0)
     basis = torch.empty(min(limit + 1, 2 * k + 32), n, dtype=torch.float64, device=H.device)
     T = torch.zeros(limit + 1, limit, dtype=torch.float64)
     basis[0] = _random_direction(basis[:0], generator)
+    start = 0  # the row of the basis with which the present Krylov space began
 
     for m in range(1, limit + 1):
         if m == len(basis):
             basis = torch.cat([basis, torch.empty_like(basis)])[: limit + 1]
-        _extend(H, basis, T, m, generator)
+        exhausted = _extend(H, basis, T, m, generator)
+        space, is_first = T[start : m + 1, start:m], start == 0
+        start = m if exhausted else start
         if m < k:
             continue
-        theta, s, residuals = _ritz_pairs(T[: m + 1, :m], k, which)
+        theta, s, defects = _ritz_pairs(T[: m + 1, :m], k, which)
+        # An eigenvalue of exactly zero is exact when its residual is at rounding level of the operator's norm.
+        floor = torch.finfo(torch.float64).eps * T.abs().max()
+        residuals = defects / theta.abs().clamp_min(floor) if floor > 0 else defects
         worst = float(residuals.max())
         if callable(progress):
             progress(m, worst)
         elif progress:
             print(f"\rLanczos: {m} products, largest residual {worst:.1e}", end="", flush=True)
-        if worst <= tol or m == limit:
+        # An exhausted Krylov space has one vector of each eigenspace: the next one shows whether there are more.
+        explored = m == n or (not exhausted if is_first else _is_no_better(space, theta[-1], tol, which))
+        converged = worst <= tol and explored
+        if converged or m == limit:
             break
     if progress is True:
         print()
     vectors = s.T.to(basis.device) @ basis[:m]
-    return EigenResult(theta, vectors, residuals, m, worst <= tol)
+    return EigenResult(theta, vectors, residuals, m, converged)
 
 
-def _extend(H: SymmetricOperator, basis: Tensor, T: Tensor, m: int, generator: torch.Generator) -> None:
-    """Fill column m - 1 of T and row m of the basis from the product of H with row m - 1."""
+def _extend(H: SymmetricOperator, basis: Tensor, T: Tensor, m: int, generator: torch.Generator) -> bool:
+    """Fill column m - 1 of T and row m of the basis from the product of H with row m - 1.
+
+    Returns whether the rows before m span an invariant subspace; row m is then a fresh random direction, and its
+    coefficient in T is zero.
+    """
     w = H.matvec(basis[m - 1])
     if not bool(torch.isfinite(w).all()):
         raise InputError("a product with the operator is not finite: look for NaN in the data or the weights")
@@ -119,12 +133,14 @@ def _extend(H: SymmetricOperator, basis: Tensor, T: Tensor, m: int, generator: t
     if norm > 1e-13 * scale:
         T[m, m - 1] = norm.cpu()
         basis[m] = w / norm
-    elif m < H.shape[0]:  # an invariant subspace: go on in a fresh direction, with a coefficient of zero
+        return False
+    if m < H.shape[0]:
         basis[m] = _random_direction(basis[:m], generator)
+    return True
 
 
 def _ritz_pairs(T: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor, Tensor]:
-    """Return k Ritz values (k,), their coordinates in the basis (m, k), and relative residuals (k,)."""
+    """Return k Ritz values (k,), their coordinates in the basis (m, k), and the norms of their residuals (k,)."""
     m = T.shape[1]
     theta, s = torch.linalg.eigh((T[:m] + T[:m].T) / 2)
     order = {"LM": theta.abs().argsort(descending=True), "LA": theta.argsort(descending=True), "SA": theta.argsort()}
@@ -132,10 +148,14 @@ def _ritz_pairs(T: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor, Tensor
     theta, s = theta[chosen], s[:, chosen]
     defect = T @ s
     defect[:m] -= theta * s
-    norms = torch.linalg.vector_norm(defect, dim=0)
-    # An eigenvalue of exactly zero is exact when its residual is at rounding level of the operator's norm.
-    floor = torch.finfo(torch.float64).eps * T.abs().max()
-    return theta, s, norms / theta.abs().clamp_min(floor) if floor > 0 else norms
+    return theta, s, torch.linalg.vector_norm(defect, dim=0)
+
+
+def _is_no_better(T: Tensor, last: Tensor, tol: float, which: Which) -> bool:
+    """Return whether the leading Ritz value of a Krylov space has converged and does not come before ``last``."""
+    theta, _, defect = _ritz_pairs(T, 1, which)
+    ahead = {"LM": theta.abs() - last.abs(), "LA": theta - last, "SA": last - theta}[which]
+    return bool(torch.maximum(ahead, defect) <= tol * last.abs())
 
 
 def _random_direction(basis: Tensor, generator: torch.Generator) -> Tensor:

@@ -102,9 +102,11 @@ class HessianOperator:
                     f"the loss of a batch is {loss.detach() if loss.ndim == 0 else f'of shape {tuple(loss.shape)}'}: "
                     "a Hessian needs a scalar, finite batch mean; look for NaN in the data or the weights"
                 )
-            return torch.autograd.grad(
+            gradient = torch.autograd.grad(
                 loss, self._parameters, create_graph=True, allow_unused=True, materialize_grads=True
             )
+            # Where the loss is linear in a parameter its gradient has no graph; as a leaf it differentiates to zero.
+            return tuple(part if part.requires_grad else part.requires_grad_() for part in gradient)
 
     def _keep_graphs(self, budget: int) -> None:
         """Keep the graphs of the first batches, as many as ``budget`` bytes hold; measured on the first batch."""
@@ -147,10 +149,29 @@ def _default_graph_memory(device: torch.device) -> int:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Switch TF32 off inside (its 10 mantissa bits would drown a residual of 1e-4) and restore it afterwards."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """Switch TF32 and bfloat16 products off inside and restore them afterwards.
+
+    TF32's 10 mantissa bits would drown a residual of 1e-4. PyTorch has two sets of switches, and reading the older one
+    raises once the newer one was used: the older one is set with the newer as long as it can be read.
+    """
+    backends = torch.backends
+    switches = [part for b in (backends.cudnn, backends.mkldnn) for part in (b.conv, b.rnn)]  # type: ignore[attr-defined]
+    switches += [backends.cuda.matmul, backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    newer = [switch.fp32_precision for switch in switches]
     try:
+        older = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+    except RuntimeError:
+        older = None
+    try:
+        if older:
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        if older:
+            torch.set_float32_matmul_precision(older[0])
+            backends.cudnn.allow_tf32 = older[1]
+        for switch, precision in zip(switches, newer, strict=True):
+            switch.fp32_precision = precision

@@ -19,6 +19,9 @@ from hessnb.paper.published import published
 
 NOT_MEASURED = "not measured yet"
 
+# Cells up to this many characters stay on one line; longer ones are text, which wraps and stands on the left.
+_SHORT = 24
+
 
 @dataclass(frozen=True)
 class Table:
@@ -30,9 +33,10 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def _repr_markdown_(self) -> str:
-        lines = [self.header, tuple("---:" if i else ":---" for i in range(len(self.header))), *self.rows]
-        escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
-        body = "\n".join("| " + " | ".join(cells) + " |" for cells in escaped)
+        wide = [max(map(len, column)) > _SHORT for column in zip(*self.rows, strict=True)]
+        rule = [":---" if i == 0 or wide[i] else "---:" for i in range(len(self.header))]
+        lines = [self.header, rule, *(tuple(map(_cell, row)) for row in self.rows)]
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
         return f"```{{table}} {self.caption}\n:name: {self.name}\n:align: center\n\n{body}\n```\n"
 
     def _repr_html_(self) -> str:
@@ -42,6 +46,10 @@ class Table:
         head, body = line("th", self.header), "".join(line("td", row) for row in self.rows)
         caption = f"<caption>{html.escape(self.caption)}</caption>"
         return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
+
+
+def _cell(text: str) -> str:
+    return text.replace(" ", "\u00a0") if len(text) <= _SHORT else text
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:
