@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -13,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hessnb.curvature import HessianOperator, input_hessian, lanczos
-from hessnb.curvature.operator import full_precision
 from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.models import ResidualBlock, build
@@ -52,7 +53,9 @@ def batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-def dense_hessian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def dense_hessian(
+    model: nn.Module, x: Tensor, y: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+) -> Tensor:
     """Return the Hessian of the mean loss over all samples at once, by PyTorch's own dense routine, in eval mode."""
     model = model.eval()
     shapes = [(name, p.shape, p.numel()) for name, p in model.named_parameters()]
@@ -60,7 +63,7 @@ def dense_hessian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     def loss(theta: Tensor) -> Tensor:
         parts = theta.split([size for _, _, size in shapes])
         values = {name: part.view(shape) for (name, shape, _), part in zip(shapes, parts, strict=True)}
-        return F.cross_entropy(torch.func.functional_call(model, values, (x,)), y)
+        return loss_fn(torch.func.functional_call(model, values, (x,)), y)
 
     theta = nn.utils.parameters_to_vector(model.parameters()).detach()
     result: Tensor = torch.autograd.functional.hessian(loss, theta)
@@ -68,11 +71,14 @@ def dense_hessian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["conv", "residual", "smooth", "relu"])
-@pytest.mark.parametrize("graph_memory", [0, 200_000, None])
-def test_products_equal_the_dense_hessian(kind: str, graph_memory: int | None) -> None:
+@pytest.mark.parametrize("kept", [0, 2, 5])
+def test_products_equal_the_dense_hessian_however_many_graphs_are_kept(kind: str, kept: int) -> None:
     x, y = samples()
     model = network(kind)
-    H = HessianOperator(model, F.cross_entropy, batches(x, y, 5), graph_memory=graph_memory)
+    H = HessianOperator(model, F.cross_entropy, batches(x, y, 5), graph_memory=0)
+    one_graph = H._graph_bytes(H._batches[0])
+    H = HessianOperator(model, F.cross_entropy, batches(x, y, 5), graph_memory=kept * one_graph)
+    assert sum(batch.gradient is not None for batch in H._batches) == kept
     truth = dense_hessian(network(kind), x, y)
     assert (H.dense() - truth).norm() <= 1e-10 * truth.norm()
     block = torch.randn(H.shape[0], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -83,6 +89,19 @@ def test_products_equal_the_dense_hessian(kind: str, graph_memory: int | None) -
     expected = eigenvalues[eigenvalues.abs().argsort(descending=True)[:5]]
     assert found.converged
     torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "linear"])
+def test_a_loss_that_is_linear_in_a_parameter_has_no_curvature_there(kind: str) -> None:
+    def mean(logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.mean()
+
+    x, y = samples()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).double() if kind == "linear" else network(kind)
+    dense = HessianOperator(model, mean, batches(x, y, 5)).dense()
+    torch.testing.assert_close(dense, dense_hessian(model, x, y, mean), rtol=1e-10, atol=1e-15)
+    assert not dense[-4:].any()  # the last bias
+    assert bool(dense.any()) == (kind == "smooth")
 
 
 @settings(deadline=None, max_examples=20)
@@ -153,13 +172,46 @@ def test_parameters_without_influence_and_frozen_ones() -> None:
     assert HessianOperator(model, F.cross_entropy, [samples()]).shape == (260, 260)
 
 
-def test_tf32_is_off_inside_and_as_before_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    with pytest.raises(RuntimeError, match="stop"), full_precision():
-        assert not torch.backends.cudnn.allow_tf32
-        assert not torch.backends.cuda.matmul.allow_tf32
+# Each is run in an interpreter of its own: PyTorch has two sets of switches, and one spoils the other for good.
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "pass",
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_tf32_is_off_inside_and_as_before_outside(setting: str) -> None:
+    subprocess.run([sys.executable, "-c", TF32_CHECK.format(setting=setting)], check=True)
+
+
+TF32_CHECK = """
+import torch
+from hessnb.curvature.operator import full_precision
+b = torch.backends
+NEWER = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
+OLDER = (torch.get_float32_matmul_precision, lambda: b.cudnn.allow_tf32, lambda: b.cuda.matmul.allow_tf32)
+
+def state():
+    values = [switch.fp32_precision for switch in NEWER]
+    for read in OLDER:
+        try:
+            values.append(read())
+        except RuntimeError:
+            values.append("unreadable")
+    return values
+
+{setting}
+before = state()
+try:
+    with full_precision():
+        assert {{switch.fp32_precision for switch in NEWER}} == {{"ieee"}}
+        assert "unreadable" in before or state()[6:] == ["highest", False, False]
         raise RuntimeError("stop")
-    assert torch.backends.cudnn.allow_tf32
+except RuntimeError as error:
+    assert str(error) == "stop"
+assert state() == before, (before, state())
+"""
 
 
 def nan_weight() -> nn.Module:
@@ -178,6 +230,7 @@ def nan_weight() -> nn.Module:
         (lambda: HessianOperator(nan_weight(), F.cross_entropy, [samples()]), "NaN"),
         (lambda: HessianOperator(network(), F.cross_entropy, [(samples()[0] * torch.nan, samples()[1])]), "NaN"),
         (lambda: HessianOperator(network(), F.cross_entropy, [samples()]).matvec(torch.ones(3)), "does not fit"),
+        (lambda: HessianOperator(network(), F.cross_entropy, [samples()]) @ torch.ones(3, 2), "does not fit"),
         (lambda: input_hessian(network(), samples()[0], samples()[1][:-1]), "as many labels"),
         (lambda: input_hessian(network(), samples()[0][:0], samples()[1][:0]), "at least one"),
     ],
@@ -250,6 +303,33 @@ def test_invariant_subspaces_do_not_stop_it_and_multiple_eigenvalues_are_found(d
     torch.testing.assert_close(found.eigenvalues, ORDERS["LM"](eigenvalues), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("which", ["LM", "LA", "SA"])
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        pytest.param([4.0] + [1.0] * 29, id="identity plus rank one"),
+        pytest.param([-3.0] * 3 + [2.0] * 10 + [3.5] * 2, id="three distinct values"),
+        pytest.param([1.0] * 12, id="identity"),
+    ],
+)
+def test_the_first_eigenvalues_are_found_as_often_as_they_occur(eigenvalues: list[float], which: str) -> None:
+    spectrum = torch.tensor(eigenvalues, dtype=torch.float64)
+    for k in (1, 2, 3, 5):
+        found = lanczos(Matrix(torch.diag(spectrum)), k, tol=1e-9, which=which)  # type: ignore[arg-type]
+        torch.testing.assert_close(found.eigenvalues, ORDERS[which](spectrum)[:k], rtol=1e-9, atol=0)
+        assert found.converged
+        assert found.n_matvecs < len(spectrum)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_eigenvalues_of_a_matrix_of_low_rank_take_few_products(rank: int) -> None:
+    eigenvalues = torch.cat([torch.arange(1.0, rank + 1), torch.zeros(200)]).double()
+    found = lanczos(symmetric(eigenvalues), rank, tol=1e-9)
+    torch.testing.assert_close(found.eigenvalues, ORDERS["LM"](eigenvalues)[:rank], rtol=1e-9, atol=0)
+    assert found.converged
+    assert found.n_matvecs <= rank + 3
+
+
 def test_zero_operator_has_zero_eigenvalues() -> None:
     found = lanczos(Matrix(torch.zeros(6, 6, dtype=torch.float64)), 2)
     assert not found.eigenvalues.any()
@@ -281,7 +361,9 @@ def test_limit_on_products_is_kept_and_said() -> None:
         ({"k": 7}, "1 to 6 eigenvalues"),
         ({"k": 1, "tol": 0.0}, "tol"),
         ({"k": 1, "which": "SM"}, "which"),
+        ({"k": 1, "tol": float("nan")}, "tol"),
         ({"k": 3, "max_matvecs": 2}, "max_matvecs"),
+        ({"k": 3, "max_matvecs": 0}, "max_matvecs"),
     ],
 )
 def test_lanczos_refuses(arguments: dict[str, object], message: str) -> None:
@@ -289,16 +371,31 @@ def test_lanczos_refuses(arguments: dict[str, object], message: str) -> None:
         lanczos(symmetric(torch.arange(6.0, dtype=torch.float64)), **arguments)  # type: ignore[arg-type]
 
 
-def test_product_that_is_not_finite_is_refused() -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_product_that_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(InputError, match="not finite"):
-        lanczos(Matrix(torch.full((3, 3), torch.nan, dtype=torch.float64)), 1)
+        lanczos(Matrix(torch.full((3, 3), value, dtype=torch.float64)), 1)
+
+
+def test_progress_is_printed_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    found = lanczos(symmetric(torch.arange(1.0, 31.0, dtype=torch.float64)), 2, progress=True)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert f"{found.n_matvecs} products" in out.split("\r")[-1]
 
 
 def test_top_of_a_trained_network_in_float32_holds_against_dense_float64(digits: Splits) -> None:
-    model = build("M1", width=0.05, seed=0)
-    train(model, digits, Recipe(batch_size=20, lr=0.05, momentum=0.9, max_epochs=15, seed=0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.MaxPool2d(2), nn.Conv2d(1, 2, 5), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(50, 8), nn.ReLU(), nn.Linear(8, 10),
+        )  # fmt: skip
+    history = train(model, digits, Recipe(batch_size=20, lr=0.05, momentum=0.9, max_epochs=15, seed=0)).history
+    assert history[-1].train_accuracy > 0.7
     pairs = digits.train.head(100).batches(64)
     found = lanczos(HessianOperator(model, F.cross_entropy, pairs), 10, tol=1e-4)
+    assert found.converged
     truth = HessianOperator(model.double(), F.cross_entropy, [(x.double(), y) for x, y in pairs]).dense()
     eigenvalues = ORDERS["LM"](torch.linalg.eigvalsh(truth))[:10]
     torch.testing.assert_close(found.eigenvalues, eigenvalues, rtol=1e-4, atol=0)
@@ -326,6 +423,19 @@ def test_input_hessian_equals_the_dense_one_of_each_sample(kind: str) -> None:
     model = network(kind)
     found = input_hessian(model, x, y)
     torch.testing.assert_close(found, dense_input_hessian(model.eval(), x, y), rtol=1e-10, atol=1e-13)
+
+
+def test_input_hessian_of_m1_is_dense_psd_of_rank_below_the_classes_and_without_label(
+    tiny_m1: nn.Module, digits: Splits
+) -> None:
+    model, x, y = tiny_m1.double(), digits.train.images[:1].double(), digits.train.labels[:1]
+    found = input_hessian(model, x, y)
+    torch.testing.assert_close(found, dense_input_hessian(model.eval(), x, y), rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(found, found.mT, rtol=1e-10, atol=1e-15)
+    eigenvalues = torch.linalg.eigvalsh(found[0])
+    assert eigenvalues[0] >= -1e-13 * eigenvalues[-1]
+    assert 1 <= int((eigenvalues > 1e-10 * eigenvalues[-1]).sum()) <= 9
+    torch.testing.assert_close(input_hessian(model, x, (y + 1) % 10), found, rtol=1e-10, atol=1e-15)
 
 
 @pytest.mark.parametrize("kind", ["conv", "residual", "relu"])

@@ -65,8 +65,9 @@ def lanczos(
     Stops when all k relative residuals are at most ``tol``, or after ``max_matvecs`` products (default: 10 k + 200,
     at most n), with ``converged`` saying which. Eigenvalues come in descending order of magnitude (LM), descending
     (LA) or ascending (SA). Copies of a multiple eigenvalue are found where a float64 operator has few distinct ones;
-    elsewhere they may be missed, as in every iteration from one start vector. ``generator`` draws the start vector (default: seed 0). ``progress`` is called with the
-    number of products and the largest of the k residuals, or prints them when True.
+    elsewhere they may be missed, as in every iteration from one start vector. ``generator`` draws the start vector
+    (default: seed 0). ``progress`` is called with the number of products and the largest of the k residuals, or prints
+    them when True.
 
     Raises InputError for a k outside 1..n, a tolerance that is not positive, an unknown ``which``, or a product that
     is not finite. Source: the paper's section 3.1 asks for the top 20 at relative error 1e-4.

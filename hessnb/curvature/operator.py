@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,24 +155,24 @@ def full_precision() -> Iterator[None]:
     TF32's 10 mantissa bits would drown a residual of 1e-4. PyTorch has two sets of switches, and reading the older one
     raises once the newer one was used: the older one is set with the newer as long as it can be read.
     """
-    backends = torch.backends
-    switches = [part for b in (backends.cudnn, backends.mkldnn) for part in (b.conv, b.rnn)]  # type: ignore[attr-defined]
-    switches += [backends.cuda.matmul, backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    switches = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
     newer = [switch.fp32_precision for switch in switches]
     try:
-        older = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        older = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     except RuntimeError:
         older = None
     try:
         if older:
             torch.set_float32_matmul_precision("highest")
-            backends.cudnn.allow_tf32 = False
+            cudnn.allow_tf32 = False
         for switch in switches:
             switch.fp32_precision = "ieee"
         yield
     finally:
         if older:
             torch.set_float32_matmul_precision(older[0])
-            backends.cudnn.allow_tf32 = older[1]
+            cudnn.allow_tf32 = older[1]
         for switch, precision in zip(switches, newer, strict=True):
             switch.fp32_precision = precision
