@@ -132,6 +132,8 @@ def test_float32_products_are_summed_in_float64(digits: Splits) -> None:
     assert product.dtype == torch.float64
     assert single.matvec(v.float()).dtype == torch.float32
     assert (product - exact.matvec(v)).norm() <= 1e-5 * exact.matvec(v).norm()
+    once, seven_times = (HessianOperator(model, F.cross_entropy, pairs[:1] * copies).matvec(v) for copies in (1, 7))
+    torch.testing.assert_close(seven_times, once, rtol=1e-14, atol=1e-14)
 
 
 def test_model_is_untouched(untouched: Callable[..., AbstractContextManager[None]]) -> None:
@@ -286,6 +288,13 @@ def test_residuals_are_what_a_fresh_product_gives() -> None:
     fresh = defects.norm(dim=0) / found.eigenvalues.abs()
     torch.testing.assert_close(found.residuals, fresh, rtol=1e-6, atol=1e-13)
     assert 1e-6 < found.residuals.max() <= 1e-3, "stopped because of the tolerance, not by luck"
+
+
+def test_eigenvectors_are_orthonormal_over_many_orders_of_magnitude() -> None:
+    eigenvalues = 10 ** torch.linspace(0, -12, 100, dtype=torch.float64)
+    found = lanczos(symmetric(eigenvalues), 60)
+    identity = torch.eye(60, dtype=torch.float64)
+    torch.testing.assert_close(found.eigenvectors @ found.eigenvectors.T, identity, rtol=0, atol=1e-13)
 
 
 def test_residual_shows_an_asymmetry_of_the_products() -> None:

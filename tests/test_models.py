@@ -77,6 +77,11 @@ def test_a_network_returns_one_logit_per_class(name: str) -> None:
     assert (logits.softmax(1).sum(1) - 1).abs().max() < 1e-6 < logits.sum(1).abs().max()
 
 
+def test_the_stages_of_cr_halve_the_resolution() -> None:
+    features = nn.Sequential(*list(build("CR").children())[:-3])
+    assert features(images("CR")).shape == (2, 64, 8, 8)
+
+
 def test_the_strided_m1_takes_the_same_images() -> None:
     assert small("M1", variant="strided")(images("M1")).shape == (2, 10)
 
