@@ -130,9 +130,8 @@ def train(
     if recipe.batch_size > len(train_set):
         raise InputError(f"batch_size = {recipe.batch_size}: the training set has only {len(train_set):,} samples")
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
-    if state is None:
-        state = State()
-    else:
+    state = state or State()
+    if state.model:
         model.load_state_dict(state.model)
         for parameter, buffer in zip(model.parameters(), state.momentum, strict=False):
             optimizer.state[parameter]["momentum_buffer"] = buffer.clone()

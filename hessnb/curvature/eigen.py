@@ -97,7 +97,7 @@ def lanczos(
         if m < k:
             continue
         theta, s, defects = _ritz_pairs(T[: m + 1, :m], k, which)
-        # An eigenvalue of exactly zero is exact when its residual is at rounding level of the operator's norm.
+        # No relative residual is defined at an eigenvalue of zero; the floor keeps it finite there.
         floor = torch.finfo(torch.float64).eps * T.abs().max()
         residuals = defects / theta.abs().clamp_min(floor) if floor > 0 else defects
         worst = float(residuals.max())

@@ -125,7 +125,7 @@ def test_table_seven_shows_ours_beside_the_papers(browser: Browser, site: str) -
     page = Visit(browser, site, "notebooks/03_hessian_spectrum.html").page
     rows = page.locator("#tab-7-record tbody tr")
     assert rows.count() == 6
-    assert rows.nth(0).locator("td").nth(4).inner_text() == "0.49 (2.96)"
+    assert rows.nth(0).locator("td").nth(4).inner_text().replace("\u00a0", " ") == "0.49 (2.96)"
     live = page.locator("#tab-7-live tbody tr").first.locator("td").nth(3).inner_text()
     assert float(live.split()[0]) > 0
     page.close()
