@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from hessnb.data import Splits
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.run import Outcome, load_data
 from hessnb.experiments.spec import Spectrum
 from hessnb.paper.published import published
 
@@ -75,10 +75,10 @@ def training_curves(outcomes: Sequence[Outcome]) -> Figure:
         figure, (left, right) = _new(2, width=7.0)
         for i, outcome in enumerate(o for o in outcomes if o.result):
             recipe, history = outcome.task.spec.recipe, outcome.result.history if outcome.result else []
-            data = outcome.task.spec.data
+            n_train = len(load_data(outcome.task.spec.data, "cpu").train)
             losses = [epoch.train_loss for epoch in history]
             epochs = [epoch.epoch for epoch in history]
-            steps = [epoch * -(-(data.n_train or 60_000) // recipe.batch_size) for epoch in epochs]
+            steps = [epoch * -(-n_train // recipe.batch_size) for epoch in epochs]
             line = {"color": COLOURS[i % len(COLOURS)], "label": f"B = {recipe.batch_size}"}
             left.loglog(epochs, losses, **line)
             right.loglog(steps, losses, **line)

@@ -154,7 +154,7 @@ def provenance(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table
                 outcome.task.spec.label,
                 outcome.task.spec.key,
                 outcome.result.reason,
-                f"{told['device']}, {told['threads']} threads",
+                f"{told['device']}, {told['threads']} thread{'s'[: told['threads'] > 1]}",
                 f"torch {told['torch']}, {commit[:12]}{'+changes' if commit.endswith('+changes') else ''}",
                 told["date"][:10],
                 f"{seconds:,.0f} s",
