@@ -67,7 +67,7 @@ def main() -> None:
     """Re-do "Hessian-based Analysis of Large Batch Training and Robustness to Adversaries" (Yao et al., 2018).
 
     \b
-    A first session:
+    To begin:
         hessnb run table7                       Table 7 on real digits, minutes
         hessnb status                           what is there, what is missing
         hessnb data fetch mnist                 the published data
