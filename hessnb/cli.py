@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def run(artefacts: tuple[str, ...], profile: str, seeds: int | None, device: str
     interrupt it when you like and give the same command again.
     """
     loaded = grid.load_profile(profile)
-    tasks = _tasks(artefacts, loaded, seeds)
+    tasks = grid.plan([grid.artefact(name) for name in artefacts], loaded, seeds)
     with _progress() as report:
         outcomes = compute(Store(store), tasks, device=device, report=report)
     failed = [o for o in outcomes if o.result is not None and o.result.status == "failed"]
@@ -238,20 +238,6 @@ def _project() -> Path:
     if root is None:
         raise InputError("there is no book here: change into a checkout of hessnb (the folder with _toc.yml)")
     return root
-
-
-def _tasks(artefacts: Sequence[str], profile: grid.Profile, seeds: int | None) -> list[grid.Task]:
-    """Return the tasks of several artefacts, all of one seed before the next, what they share only once."""
-    n = profile.seeds if seeds is None else seeds
-    if n < 1:
-        raise InputError(f"seeds = {n}: at least one is needed")
-    merged: dict[str, grid.Task] = {}
-    for seed in range(n):
-        for task in (t for name in artefacts for t in grid.artefact(name).tasks_of_seed(profile, seed)):
-            earlier = merged.get(task.spec.key)
-            measures = dict.fromkeys((*earlier.measures, *task.measures)) if earlier else task.measures
-            merged[task.spec.key] = grid.Task(task.spec, tuple(measures))
-    return list(merged.values())
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hessnb.data import Splits
 from hessnb.experiments.run import Outcome, load_data
-from hessnb.experiments.spec import Spectrum
 from hessnb.paper.published import published
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -93,16 +92,14 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
     with style():
         figure, (axis,) = _new()
         for i, outcome in enumerate(outcomes):
-            for measure, found in outcome.measurements.items():
-                if isinstance(measure, Spectrum) and measure.split == "train":
-                    eigenvalues = found.values["eigenvalues"]
-                    axis.semilogy(
-                        range(1, len(eigenvalues) + 1),
-                        eigenvalues,
-                        marker=MARKERS[i % len(MARKERS)],
-                        color=COLOURS[i % len(COLOURS)],
-                        label=f"B = {outcome.task.spec.recipe.batch_size}",
-                    )
+            if eigenvalues := outcome.eigenvalues("train"):
+                axis.semilogy(
+                    range(1, len(eigenvalues) + 1),
+                    eigenvalues,
+                    marker=MARKERS[i % len(MARKERS)],
+                    color=COLOURS[i % len(COLOURS)],
+                    label=f"B = {outcome.task.spec.recipe.batch_size}",
+                )
         axis.set(xlabel="index of the eigenvalue", ylabel="eigenvalue of the training Hessian")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(ncols=2, fontsize=10)
@@ -117,7 +114,9 @@ def lambda1_against_batch(live: Sequence[Outcome], record: Sequence[Outcome]) ->
         for axis, split in zip(axes, ("train", "test"), strict=True):
             axis.loglog(paper.index, paper[f"lambda1_{split}"], "--", marker="x", color=COLOURS[6], label="paper")
             for label, outcomes, i in (("ours, paper's scale", record, 0), ("ours, live", live, 1)):
-                points = sorted(_lambda1_points(outcomes, split))
+                points = sorted(
+                    (o.task.spec.recipe.batch_size, o.eigenvalues(split)[0]) for o in outcomes if o.eigenvalues(split)
+                )
                 if points:
                     axis.loglog(*zip(*points, strict=True), marker=MARKERS[i], color=COLOURS[i], label=label)
             axis.set(title=f"{'training' if split == 'train' else 'test'} set", xlabel="batch size")
@@ -151,10 +150,3 @@ def loss_on_line(positions: Tensor, losses: Tensor) -> Figure:
         right.plot(positions[1:], slopes, color=COLOURS[5])
         right.set(xlabel="position between the images", ylabel="slope of the loss")
     return figure
-
-
-def _lambda1_points(outcomes: Sequence[Outcome], split: str) -> Iterator[tuple[int, float]]:
-    for outcome in outcomes:
-        for measure, found in outcome.measurements.items():
-            if isinstance(measure, Spectrum) and measure.split == split:
-                yield outcome.task.spec.recipe.batch_size, found.values["eigenvalues"][0]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from hessnb.errors import InputError, unknown
 from hessnb.experiments.spec import DataSpec, Frozen, Measure, ModelSpec, RunSpec, Spectrum
@@ -72,12 +72,23 @@ class Artefact:
     title: str
     tasks_of_seed: Callable[[Profile, int], list[Task]]
 
-    def tasks(self, profile: Profile, seeds: NonNegativeInt | None = None) -> list[Task]:
-        """Return the tasks for seeds 0 to ``seeds`` - 1 (default: the profile's number), one seed after the other."""
-        n = profile.seeds if seeds is None else seeds
-        if n < 1:
-            raise InputError(f"seeds = {n}: at least one is needed")
-        return [task for seed in range(n) for task in self.tasks_of_seed(profile, seed)]
+    def tasks(self, profile: Profile, seeds: int | None = None) -> list[Task]:
+        """Return the tasks for seeds 0 to ``seeds`` - 1 (default: the profile's number); see `plan`."""
+        return plan([self], profile, seeds)
+
+
+def plan(artefacts: Sequence[Artefact], profile: Profile, seeds: int | None = None) -> list[Task]:
+    """Return the tasks of several artefacts, all of one seed before the next, a network that they share once."""
+    n = profile.seeds if seeds is None else seeds
+    if n < 1:
+        raise InputError(f"seeds = {n}: at least one is needed")
+    merged: dict[str, Task] = {}
+    for seed in range(n):
+        for task in (task for artefact in artefacts for task in artefact.tasks_of_seed(profile, seed)):
+            earlier = merged.get(task.spec.key)
+            measures = dict.fromkeys((*(earlier.measures if earlier else ()), *task.measures))
+            merged[task.spec.key] = Task(task.spec, tuple(measures))
+    return list(merged.values())
 
 
 def _table7(profile: Profile, seed: int) -> list[Task]:

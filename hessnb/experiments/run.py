@@ -48,6 +48,11 @@ class Outcome:
             return False
         return self.result.status == "failed" or set(self.task.measures) <= self.measurements.keys()
 
+    def eigenvalues(self, split: str) -> list[float]:
+        """Return the Hessian eigenvalues measured on a split, the largest magnitude first; empty when not measured."""
+        found = [m for measure, m in self.measurements.items() if measure.split == split]
+        return list(found[0].values["eigenvalues"]) if found else []
+
 
 def look_up(source: Results, tasks: Sequence[Task]) -> list[Outcome]:
     """Return what a store or the record holds of each task; computes nothing."""

@@ -14,7 +14,6 @@ from hessnb import data, models
 from hessnb.experiments.grid import artefact, load_profile
 from hessnb.experiments.record import recorded
 from hessnb.experiments.run import Outcome
-from hessnb.experiments.spec import Spectrum
 from hessnb.paper.published import published
 
 NOT_MEASURED = "not measured yet"
@@ -192,9 +191,4 @@ def _final(outcomes: Sequence[Outcome], field: str, factor: float) -> list[float
 
 
 def _lambda1(outcomes: Sequence[Outcome], split: str) -> list[float]:
-    return [
-        measurement.values["eigenvalues"][0]
-        for outcome in outcomes
-        for measure, measurement in outcome.measurements.items()
-        if isinstance(measure, Spectrum) and measure.split == split
-    ]
+    return [outcome.eigenvalues(split)[0] for outcome in outcomes if outcome.eigenvalues(split)]
