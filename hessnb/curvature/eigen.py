@@ -1,36 +1,30 @@
-"""Eigenvalues of a symmetric operator by Lanczos iteration with full reorthogonalisation (Paige, 1972; Parlett, 1998).
+"""Leading eigenpairs of a symmetric operator: Lanczos iteration, and the paper's power iteration.
 
-The recurrence runs in float64 over products in the operator's own precision. Every coefficient of the
-reorthogonalisation is kept, not only the three of the symmetric recurrence, so that
-
-    H V_m = V_{m+1} T        (V orthonormal, T of shape (m + 1, m))
-
-holds to float64 rounding for the products as they were computed. The residual of a Ritz pair (theta, V s) is then
-|T s - theta [s; 0]|, computed from what H returned and not estimated from the last coefficient: a product that is
-asymmetric by float32 rounding shows in it.
+Both work in float64 over products in the operator's own precision and return residuals computed from products that were
+made, at no further product.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hessnb.errors import InputError
+from hessnb.curvature.krylov import Krylov, KrylovState, SymmetricOperator, Which
+from hessnb.curvature.memory import available_memory
+from hessnb.errors import InputError, unknown
 
-
-class SymmetricOperator(Protocol):
-    """What an eigen-solver needs to know of an operator: its shape (n, n), device, and product with a vector (n,)."""
-
-    shape: tuple[int, int]
-    device: torch.device
-
-    def matvec(self, v: Tensor, /) -> Tensor:
-        """Return the product with a vector (n,)."""
-        ...
+# An eigenvalue beyond the k-th by this share that was missed, as a further copy of a multiple one can be ...
+_MISSED_BEYOND = 0.1
+# ... is missed with at most this probability over the random start.
+_MISSED_PROBABILITY = 0.01
+# The fewest rows of basis that a restart leaves room for, beside the k that are sought.
+_FEWEST_SPARE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class EigenResult:
     """Eigenpairs and what they cost.
 
     ``eigenvalues`` (k,) in the order of ``which``; ``eigenvectors`` (k, n), orthonormal rows, float64;
-    ``residuals`` (k,), relative: |H v - lambda v| / |lambda|; ``converged``: all residuals are at most ``tol``.
+    ``residuals`` (k,), relative: |H v - lambda v| / |lambda|; ``converged``: the stopping rule was met for all k.
     """
 
     eigenvalues: Tensor
@@ -48,7 +42,23 @@ class EigenResult:
     converged: bool
 
 
-Which = Literal["LM", "LA", "SA"]
+@dataclass(frozen=True)
+class Progress:
+    """How far a solve has come: products made, pairs converged of those wanted, the largest residual of these.
+
+    ``remaining`` is the number of products that are still expected, or None while nothing can be said.
+    """
+
+    n_matvecs: int
+    n_converged: int
+    k: int
+    residual: float
+    remaining: int | None
+
+    def __str__(self) -> str:
+        expected = "" if self.remaining is None else f", about {self.remaining} more"
+        found = f"{self.n_converged} of {self.k} eigenvalues"
+        return f"{self.n_matvecs} products{expected}; {found}; largest residual {self.residual:.0e}"
 
 
 def lanczos(
@@ -57,111 +67,235 @@ def lanczos(
     tol: float = 1e-4,
     which: Which = "LM",
     generator: torch.Generator | None = None,
-    progress: Callable[[int, float], None] | bool = False,
+    progress: Callable[[Progress], None] | bool = False,
+    *,
     max_matvecs: int | None = None,
+    max_basis: int | None = None,
+    state: KrylovState | None = None,
+    save: Callable[[KrylovState], None] | None = None,
+    save_seconds: float = 60.0,
 ) -> EigenResult:
     """Return the ``k`` eigenpairs of ``H`` that are largest in magnitude (LM), largest (LA) or smallest (SA).
 
-    Stops when all k relative residuals are at most ``tol``, or after ``max_matvecs`` products (default: 10 k + 200,
-    at most n), with ``converged`` saying which. Eigenvalues come in descending order of magnitude (LM), descending
-    (LA) or ascending (SA). Copies of a multiple eigenvalue are found where a float64 operator has few distinct ones;
-    elsewhere they may be missed, as in every iteration from one start vector. ``generator`` draws the start vector
-    (default: seed 0). ``progress`` is called with the number of products and the largest of the k residuals, or prints
-    them when True.
+    Lanczos iteration with full reorthogonalisation (Paige, 1972; Parlett, 1998). It ends when all k relative residuals
+    are at most ``tol`` (an eigenvalue that is zero to the operator's precision counts as found) and a second chain of
+    products, from a random direction orthogonal to everything seen, shows that nothing was missed: after it, an
+    eigenvalue more than 10 % beyond the k-th, a further copy of a multiple one say, is left out with a probability of
+    at most 1 % (Kuczynski and Wozniakowski, 1992, theorem 4.2). Or it ends after ``max_matvecs`` products (default:
+    10 k + 200, at most n); ``converged`` says which. Eigenvalues come in descending order of magnitude (LM), descending
+    (LA) or ascending (SA).
 
-    Raises InputError for a k outside 1..n, a tolerance that is not positive, an unknown ``which``, or a product that
-    is not finite. Source: the paper's section 3.1 asks for the top 20 at relative error 1e-4.
+    When the basis has ``max_basis`` rows of 8 n bytes (default: what half of the free memory holds) it is restarted
+    from its leading Ritz vectors (Stewart, 2001; Wu and Simon, 2000). ``generator`` draws the start (default: seed 0).
+    ``progress`` is called after each product with a `Progress`, or prints it when True. ``save`` is called with the
+    state every ``save_seconds``; given as ``state`` to a later call with the same arguments, it goes on from there and
+    ends as if never interrupted.
+
+    Raises InputError for a k outside 1..n, a tolerance that is not positive, an unknown ``which``, a basis too small,
+    a state of another operator, or a product that is not finite. Source: section 3.1 of the paper asks for the top 20
+    at relative error 1e-4.
     """
     n = H.shape[0]
+    _check_request(n, k, tol)
+    if which not in ("LM", "LA", "SA"):
+        raise unknown("which", which, ["LM", "LA", "SA"])
+    limit = min(n, 10 * k + 200 if max_matvecs is None else max_matvecs)
+    if limit < k:
+        raise InputError(f"max_matvecs = {max_matvecs}: {k} eigenvalues need at least {k} products")
+    fewest = min(n, k + _FEWEST_SPARE_ROWS)
+    if max_basis is None:
+        max_basis = max(fewest, available_memory(H.device) // (2 * 8 * n))
+    elif max_basis < fewest:
+        raise InputError(f"max_basis = {max_basis}: {k} eigenvalues need a basis of at least {fewest} rows")
+    generator = generator or torch.Generator().manual_seed(0)
+    krylov = Krylov(H, generator) if state is None else Krylov.resume(H, generator, state)
+    # What rounding leaves of an eigenvalue that is zero, relative to the largest.
+    noise = 10 * torch.finfo(getattr(H, "dtype", torch.float64)).eps
+    check = min(_steps_of_check(n), n - k)
+    report = _reporter(progress, tol, check)
+    saved = time.monotonic()
+    row = krylov.pending[-1]
+
+    while True:
+        grew = krylov.expand(row)
+        if len(krylov.basis) + 2 > max_basis:
+            width = len(krylov.columns) - krylov.chain
+            krylov.compress(max(1, width // 2) if krylov.chain else (k + width) // 2, which, first=krylov.chain)
+        theta, coordinates, defects = krylov.ritz(which)
+        norms, last = torch.linalg.vector_norm(defects, dim=0), float(theta[:k][-1])
+        scale = float(krylov.projection.abs().max())
+        residuals = norms[:k] / theta[:k].abs().clamp_min(torch.finfo(torch.float64).eps * scale or 1.0)
+        wrong = (residuals > tol) & (norms[:k] + theta[:k].abs() > noise * scale)
+        if len(theta) >= k:
+            report(krylov.n_matvecs, residuals, ~wrong)
+        if not krylov.chain:  # a pair after the k-th may still grow beyond it
+            reach = _beyond(theta[k:], last, which) + norms[k:]
+            wrong = torch.cat([wrong, reach > tol * abs(last) + noise * scale])
+        complete = len(theta) >= k and not bool(wrong.any())
+        explored = krylov.n_matvecs == n or _nothing_missed(krylov, last, tol, which, exhausted=not grew)
+        if (complete and explored) or krylov.n_matvecs == limit:
+            break
+        if complete and krylov.chain and grew and not _holds_one_beyond(krylov, last, tol, which):
+            row = krylov.pending[-1]
+        elif complete:
+            if len(krylov.basis) + check > max_basis:
+                krylov.compress(k, which)
+            row = krylov.new_chain()
+        else:
+            if krylov.chain:
+                krylov.end_chain()
+                _, _, defects = krylov.ritz(which)
+            wanted = torch.nonzero(wrong).flatten() if len(theta) >= k else slice(None)
+            row = _most_needed(krylov, defects[:, wanted])
+        if save is not None and time.monotonic() - saved > save_seconds:
+            save(krylov.state)
+            saved = time.monotonic()
+    if progress is True:
+        print()
+    vectors = krylov.basis.combination(coordinates[:, :k].T)
+    return EigenResult(theta[:k], vectors, residuals, krylov.n_matvecs, complete and explored)
+
+
+def _most_needed(krylov: Krylov, defects: Tensor) -> int:
+    """Return the pending row that the defects (rows, pairs) lie in most, or a new one when they lie in none."""
+    rows = krylov.pending
+    shares = torch.linalg.vector_norm(defects[rows], dim=1) if rows else torch.zeros(1)
+    return rows[int(shares.argmax())] if bool(shares.max() > 0) else krylov.new_row()
+
+
+def _holds_one_beyond(krylov: Krylov, last: float, tol: float, which: Which) -> bool:
+    """Return whether the present chain has found an eigenvalue before ``last``: then another chain may find more."""
+    theta, _, _ = krylov.ritz(which, first=krylov.chain)
+    return bool(_beyond(theta[:1], last, which) > tol * abs(last))
+
+
+def _nothing_missed(krylov: Krylov, last: float, tol: float, which: Which, *, exhausted: bool) -> bool:
+    """Return whether the present chain makes it improbable that the rest holds an eigenvalue well beyond ``last``.
+
+    The chain is a Lanczos iteration from a random start on the operator restricted to the complement of what was there
+    before. After m steps the largest eigenvalue exceeds the largest Ritz value by less than the share e of the
+    spectrum's width with a probability of at least 1 - 1.648 sqrt(n) exp(-sqrt(e) (2 m - 1)).
+    """
+    if not krylov.chain:
+        return False
+    theta, _, _ = krylov.ritz(which, first=krylov.chain)
+    if exhausted:  # a random start sees every eigenvalue of the complement, once
+        return bool(_beyond(theta[:1], last, which) <= tol * abs(last))
+    steps = krylov.n_matvecs - krylov.before_chain
+    share = (_exponent(krylov.H.shape[0]) / (2 * steps - 1)) ** 2
+    margin = share / (1 - share) * float(theta.max() - theta.min()) if share < 1 else math.inf
+    return bool((_beyond(theta, last, which) + margin <= _MISSED_BEYOND * abs(last)).all())
+
+
+def _exponent(n: int) -> float:
+    return math.log(1.648 * math.sqrt(n) / _MISSED_PROBABILITY)
+
+
+def _steps_of_check(n: int) -> int:
+    """Return how many steps `_nothing_missed` takes where the rest of the spectrum ends 10 % before the k-th value."""
+    share = 2 * _MISSED_BEYOND / (1 + 2 * _MISSED_BEYOND)
+    return math.ceil((1 + _exponent(n) / math.sqrt(share)) / 2)
+
+
+def _beyond(values: Tensor, last: float, which: Which) -> Tensor:
+    """Return by how much ``values`` come before ``last`` in the order of ``which``."""
+    return {"LM": values.abs() - abs(last), "LA": values - last, "SA": last - values}[which]
+
+
+def _reporter(
+    progress: Callable[[Progress], None] | bool, tol: float, check: int
+) -> Callable[[int, Tensor, Tensor], None]:
+    """Return a function that passes on the state of a solve with an estimate of the products that remain.
+
+    Residuals fall about geometrically once they fall at all: the estimate extrapolates the sum of their logarithms,
+    over the pairs that are not found, by its slope over the last products, and adds the ``check`` for missed ones.
+    """
+    past: list[tuple[int, float]] = []
+
+    def report(m: int, residuals: Tensor, found: Tensor) -> None:
+        excess = (residuals.clamp_min(1e-300) / tol).log().clamp_min(0.0)
+        past.append((m, float(excess.sum())))
+        remaining = None
+        if bool(found.all()):
+            all_found_at = next((i for i, (_, left) in enumerate(past) if left == 0.0), len(past))
+            remaining = max(0, check - (m - past[all_found_at][0])) if all_found_at < len(past) else check
+        elif len(past) > 8:
+            (before, high), (now, low) = past[-9], past[-1]
+            slope = (high - low) / (now - before)
+            remaining = math.ceil(low / slope) + check if slope > 0.05 else None
+        told = Progress(m, int(found.sum()), len(found), float(residuals.max()), remaining)
+        if callable(progress):
+            progress(told)
+        elif progress:
+            print(f"\rLanczos: {told!s:<90}", end="", flush=True)
+
+    return report
+
+
+def power_iteration(
+    H: SymmetricOperator,
+    k: int = 1,
+    tol: float = 1e-4,
+    criterion: Literal["rayleigh", "residual"] = "rayleigh",
+    generator: torch.Generator | None = None,
+    *,
+    max_matvecs: int | None = None,
+) -> EigenResult:
+    """Return ``k`` eigenpairs of largest magnitude by power iteration with deflation: the method of the paper.
+
+    One after the other, each iterate orthogonalised against the vectors before it. With ``criterion`` "rayleigh" a
+    vector is taken when its Rayleigh quotient has changed by at most ``tol``, relatively, since the step before, which
+    is the paper's "relative error" (section 3.1) and says little of the eigenvector; with "residual" when
+    |H v - lambda v| is at most ``tol`` |lambda|. The residuals returned are those of the pairs returned, either way,
+    and show the error of deflation too: they contain the components along the vectors found before. ``max_matvecs``
+    bounds the products of all k together (default: 1,000 k); what is not there then has not converged.
+
+    Raises InputError for a k outside 1..n, a tolerance that is not positive, an unknown criterion, or a product that
+    is not finite.
+    """
+    n = H.shape[0]
+    _check_request(n, k, tol)
+    if criterion not in ("rayleigh", "residual"):
+        raise unknown("criterion", criterion, ["rayleigh", "residual"])
+    limit = 1000 * k if max_matvecs is None else max_matvecs
+    if limit < k:
+        raise InputError(f"max_matvecs = {max_matvecs}: {k} eigenvalues need at least {k} products")
+    generator = generator or torch.Generator().manual_seed(0)
+    vectors = torch.zeros(k, n, dtype=torch.float64, device=H.device)
+    values, residuals = torch.zeros(2, k, dtype=torch.float64)
+    n_matvecs, converged = 0, True
+    for i in range(k):
+        v = torch.randn(n, dtype=torch.float64, generator=generator).to(H.device)
+        v = _deflate(v, vectors[:i])
+        before, done = math.nan, False
+        # The pairs that come after need a product each.
+        while not done and n_matvecs < limit - (k - 1 - i):
+            v = v / torch.linalg.vector_norm(v)
+            w = H.matvec(v).to(torch.float64)
+            n_matvecs += 1
+            if not bool(torch.isfinite(w).all()):
+                raise InputError("a product with the operator is not finite: look for NaN in the data or the weights")
+            value = float(v @ w)
+            defect = float(torch.linalg.vector_norm(w - value * v))
+            vectors[i], values[i] = v, value
+            residuals[i] = defect / abs(value) if defect else 0.0
+            error = abs(value - before) if criterion == "rayleigh" else defect
+            done = error <= tol * abs(value)
+            before, v = value, _deflate(w, vectors[:i])
+            if not float(torch.linalg.vector_norm(v)) > 1e-13 * float(torch.linalg.vector_norm(w)):
+                done = True  # w vanishes: v is in the null space, and so is all that is left
+        converged = converged and done
+    return EigenResult(values, vectors, residuals, n_matvecs, converged)
+
+
+def _deflate(v: Tensor, found: Tensor) -> Tensor:
+    for _ in range(2):
+        v = v - found.T @ (found @ v)
+    return v
+
+
+def _check_request(n: int, k: int, tol: float) -> None:
     if not 1 <= k <= n:
         raise InputError(f"k = {k}: an operator of shape {(n, n)} has 1 to {n} eigenvalues")
     if not tol > 0:
         raise InputError(f"tol = {tol}: the tolerance must be positive")
-    if which not in ("LM", "LA", "SA"):
-        raise InputError(f"which = {which!r}: choose 'LM', 'LA' or 'SA'")
-    limit = min(n, 10 * k + 200 if max_matvecs is None else max_matvecs)
-    if limit < k:
-        raise InputError(f"max_matvecs = {max_matvecs}: {k} eigenvalues need at least {k} products")
-    generator = generator or torch.Generator().manual_seed(0)
-    basis = torch.empty(min(limit + 1, 2 * k + 32), n, dtype=torch.float64, device=H.device)
-    T = torch.zeros(limit + 1, limit, dtype=torch.float64)
-    basis[0] = _random_direction(basis[:0], generator)
-    start = 0  # the row of the basis with which the present Krylov space began
-
-    for m in range(1, limit + 1):
-        if m == len(basis):
-            basis = torch.cat([basis, torch.empty_like(basis)])[: limit + 1]
-        exhausted = _extend(H, basis, T, m, generator)
-        space, is_first = T[start : m + 1, start:m], start == 0
-        start = m if exhausted else start
-        if m < k:
-            continue
-        theta, s, defects = _ritz_pairs(T[: m + 1, :m], k, which)
-        # No relative residual is defined at an eigenvalue of zero; the floor keeps it finite there.
-        floor = torch.finfo(torch.float64).eps * T.abs().max()
-        residuals = defects / theta.abs().clamp_min(floor) if floor > 0 else defects
-        worst = float(residuals.max())
-        if callable(progress):
-            progress(m, worst)
-        elif progress:
-            print(f"\rLanczos: {m} products, largest residual {worst:.1e}", end="", flush=True)
-        # An exhausted Krylov space has one vector of each eigenspace: the next one shows whether there are more.
-        explored = m == n or (not exhausted if is_first else _is_no_better(space, theta[-1], tol, which))
-        converged = worst <= tol and explored
-        if converged or m == limit:
-            break
-    if progress is True:
-        print()
-    vectors = s.T.to(basis.device) @ basis[:m]
-    return EigenResult(theta, vectors, residuals, m, converged)
-
-
-def _extend(H: SymmetricOperator, basis: Tensor, T: Tensor, m: int, generator: torch.Generator) -> bool:
-    """Fill column m - 1 of T and row m of the basis from the product of H with row m - 1.
-
-    Returns whether the rows before m span an invariant subspace; row m is then a fresh random direction, and its
-    coefficient in T is zero.
-    """
-    w = H.matvec(basis[m - 1])
-    if not bool(torch.isfinite(w).all()):
-        raise InputError("a product with the operator is not finite: look for NaN in the data or the weights")
-    scale = torch.linalg.vector_norm(w)
-    for _ in range(2):  # twice is enough (Parlett, 1998, section 6.9)
-        coefficients = basis[:m] @ w
-        w = w - basis[:m].T @ coefficients
-        T[:m, m - 1] += coefficients.cpu()
-    norm = torch.linalg.vector_norm(w)
-    if norm > 1e-13 * scale:
-        T[m, m - 1] = norm.cpu()
-        basis[m] = w / norm
-        return False
-    if m < H.shape[0]:
-        basis[m] = _random_direction(basis[:m], generator)
-    return True
-
-
-def _ritz_pairs(T: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor, Tensor]:
-    """Return k Ritz values (k,), their coordinates in the basis (m, k), and the norms of their residuals (k,)."""
-    m = T.shape[1]
-    theta, s = torch.linalg.eigh((T[:m] + T[:m].T) / 2)
-    order = {"LM": theta.abs().argsort(descending=True), "LA": theta.argsort(descending=True), "SA": theta.argsort()}
-    chosen = order[which][:k]
-    theta, s = theta[chosen], s[:, chosen]
-    defect = T @ s
-    defect[:m] -= theta * s
-    return theta, s, torch.linalg.vector_norm(defect, dim=0)
-
-
-def _is_no_better(T: Tensor, last: Tensor, tol: float, which: Which) -> bool:
-    """Return whether the leading Ritz value of a Krylov space has converged and does not come before ``last``."""
-    theta, _, defect = _ritz_pairs(T, 1, which)
-    ahead = {"LM": theta.abs() - last.abs(), "LA": theta - last, "SA": last - theta}[which]
-    return bool(torch.maximum(ahead, defect) <= tol * last.abs())
-
-
-def _random_direction(basis: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random unit vector orthogonal to the rows of ``basis``, drawn on the CPU for any device."""
-    v: Tensor = torch.randn(basis.shape[1], dtype=torch.float64, generator=generator).to(basis.device)
-    for _ in range(2):
-        v = v - basis.T @ (basis @ v)
-    return torch.nn.functional.normalize(v, dim=0, eps=0.0)

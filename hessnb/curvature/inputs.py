@@ -1,14 +1,166 @@
-"""The Hessian of the loss with respect to the input of each sample (the paper's section 2 and Theorem 2.1)."""
+"""The Hessian of the loss with respect to the input of each sample (the paper's sections 2 and 3.2, Theorem 2.1).
+
+For a piecewise linear network with logits s, p = softmax(s) and J = ds/dx, the Hessian of the cross-entropy is
+
+    H = J^T (diag(p) - p p^T) J,
+
+whatever the label. Take the differences to the most probable class r: K has the c - 1 rows J_i - J_r, q the square
+roots of their probabilities. Then H = K^T C C^T K with C = diag(q) (I - q q^T / (1 + sqrt(p_r))): nothing cancels.
+So the non-zero eigenvalues of H are those of the (c - 1) x (c - 1) matrix C^T K K^T C, and its inverses follow from
+K K^T: one forward pass and c - 1 vector-Jacobian products for all samples at once.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessnb.curvature.operator import full_precision
-from hessnb.errors import InputError
+from hessnb.curvature import checks
+from hessnb.curvature.memory import held_bytes
+from hessnb.curvature.precision import full_precision
+from hessnb.errors import InputError, unknown
 from hessnb.models import eval_mode
+
+Method = Literal["auto", "closed_form", "lanczos"]
+
+GIB = 1 << 30
+# It counts as piecewise linear when its gradient changes, along a random unit direction, by at most this share.
+_STRAIGHT = 1e-6
+_PROBES = 16
+
+
+@dataclass(frozen=True)
+class InputCurvature:
+    """The two measures of section 3.2, for each sample: ``lambda1`` (N,), the largest eigenvalue magnitude of the input
+    Hessian, and ``gradient_norms`` (N,), the L2 norm of the input gradient. The paper's are the means.
+    """
+
+    lambda1: Tensor
+    gradient_norms: Tensor
+
+    @property
+    def mean_lambda1(self) -> float:
+        """The mean over samples: the paper's lambda_1^x."""
+        return float(self.lambda1.mean())
+
+    @property
+    def mean_gradient_norm(self) -> float:
+        """The mean over samples: the paper's gradient norm."""
+        return float(self.gradient_norms.mean())
+
+
+def input_curvature(model: nn.Module, x: Tensor, y: Tensor, *, memory: int = GIB) -> InputCurvature:
+    """Return the norms of input Hessian and input gradient of each sample, float64 (section 3.2).
+
+    ``x`` (N, ...) are inputs, ``y`` (N,) labels; about ``memory`` bytes are used at a time. Raises InputError as
+    `input_hessian_eigenvalues` does.
+    """
+    if is_piecewise_linear(model, x):
+        lambda1 = input_hessian_eigenvalues(model, x, k=1, method="closed_form", memory=memory)[:, 0]
+    else:
+        lambda1 = _by_lanczos(model, x, y, 1, "LM", 1e-6, memory)[:, 0].abs()
+    return InputCurvature(lambda1, input_gradient_norms(model, x, y, memory=memory))
+
+
+def input_gradient_norms(model: nn.Module, x: Tensor, y: Tensor, *, memory: int = GIB) -> Tensor:
+    """Return the L2 norm (N,), float64, of the gradient of each sample's cross-entropy with respect to its input.
+
+    The gradient with respect to the logits is taken in float64 and scaled to norm one before it is propagated: the
+    gradients of confident samples do not underflow in float32. Raises InputError as `input_hessian_eigenvalues` does.
+    """
+    _check(model, x, y)
+    norms = [x.new_zeros(0, dtype=torch.float64)]
+    with _evaluation(model):
+        for part, labels in _chunks(model, x, y, memory, 0):
+            leaf, logits = _forward(model, part)
+            slope = _softmax(logits.detach())
+            # p_y - 1 is minus the sum of the others, which does not cancel.
+            slope.scatter_(1, labels[:, None], 0.0)
+            slope.scatter_(1, labels[:, None], -slope.sum(1, keepdim=True))
+            length = torch.linalg.vector_norm(slope, dim=1)
+            direction = (slope / length.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).to(logits.dtype)
+            (pulled,) = torch.autograd.grad(logits, leaf, direction, materialize_grads=True)
+            norms.append(length * torch.linalg.vector_norm(pulled.double().flatten(1), dim=1))
+    return torch.cat(norms)
+
+
+def input_hessian_eigenvalues(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    k: int | None = None,
+    method: Method = "auto",
+    tol: float = 1e-6,
+    memory: int = GIB,
+) -> Tensor:
+    """Return the ``k`` largest eigenvalues (N, k), descending, float64, of each sample's input Hessian.
+
+    ``x`` (N, ...) are inputs with d entries each, ``y`` (N,) labels, which matter only for networks that are not
+    piecewise linear in eval mode. ``k`` is min(c - 1, d) unless given, with c classes; at most d. "closed_form" is
+    exact and takes c - 1 vector-Jacobian products; "lanczos" iterates, all samples together, until each residual is at
+    most ``tol`` times the sample's largest eigenvalue magnitude; "auto" takes the closed form where
+    `is_piecewise_linear` allows it. About ``memory`` bytes are used at a time, beside the result.
+
+    Raises InputError for a closed form asked of a network that is not piecewise linear, labels that are missing or out
+    of range, a k outside 1..d, mixed devices or dtypes, NaN, or samples that depend on each other.
+    """
+    _check(model, x, y)
+    d = x[0].numel()
+    with _evaluation(model), torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    k = min(classes - 1, d) if k is None else k
+    if not 1 <= k <= d:
+        raise InputError(f"k = {k}: an input Hessian of shape {(d, d)} has 1 to {d} eigenvalues")
+    if _chosen(model, x, method) == "lanczos":
+        return _by_lanczos(model, x, y, k, "LA", tol, memory)
+    found = [x.new_zeros(0, min(k, classes - 1), dtype=torch.float64)]
+    for form in _closed_forms(model, x, memory):
+        found.append(torch.linalg.eigvalsh(form.small).flip(1)[:, :k])
+    # Beyond the rank, at most c - 1, all eigenvalues are zero.
+    return F.pad(torch.cat(found).clamp_min(0.0), (0, max(0, k - (classes - 1))))
+
+
+def input_hessian_solve(
+    model: nn.Module,
+    x: Tensor,
+    g: Tensor,
+    *,
+    damping: float = 0.0,
+    y: Tensor | None = None,
+    method: Method = "auto",
+    tol: float = 1e-8,
+    memory: int = GIB,
+) -> Tensor:
+    """Return (H + damping I)^-1 g for each sample's input Hessian H, like ``x``; for damping 0, H^+ g (pseudo-inverse).
+
+    ``g`` has the shape of ``x``. The closed form is exact, by Woodbury's identity; where rows of K are dependent, the
+    pseudo-inverse drops eigenvalues at rounding level. "lanczos" (for networks that are not piecewise linear, with
+    labels ``y``) iterates in the Krylov space of g until the residual is at most ``tol`` of g's part in it; if H is
+    singular, damping 0 then solves within that space. Arguments and errors are otherwise those of
+    `input_hessian_eigenvalues`; InputError also for a g of another shape, or a damping that is negative or not finite.
+    """
+    _check(model, x, y)
+    if g.shape != x.shape or not bool(torch.isfinite(g).all()):
+        raise InputError(f"g of shape {tuple(g.shape)} must be finite and have the shape of x, {tuple(x.shape)}")
+    if not (damping >= 0 and math.isfinite(damping)):
+        raise InputError(f"damping = {damping}: it must be 0 or positive, and finite")
+    if _chosen(model, x, method) == "lanczos":
+        return _solve_by_lanczos(model, x, y, g, damping, tol, memory)
+    parts, start = [], 0
+    for form in _closed_forms(model, x, memory):
+        right = g[start : start + len(form.rows)].flatten(1).double()
+        start += len(form.rows)
+        solved = form.pseudo_inverse(right) if damping == 0 else form.damped_inverse(right, damping)
+        parts.append(solved.to(x.dtype))
+    return torch.cat(parts).view_as(x)
 
 
 def input_hessian(model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool = False) -> Tensor:
@@ -41,3 +193,303 @@ def input_hessian(model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool = 
             (products,) = torch.autograd.grad(columns[:, row].sum(), x, retain_graph=True, materialize_grads=True)
             hessian[:, row] = products.reshape(len(x), d)
     return hessian
+
+
+def is_piecewise_linear(model: nn.Module, x: Tensor) -> bool:
+    """Return whether the logits are piecewise linear in the input, in eval mode, as far as a probe of ``x`` can tell.
+
+    For up to 16 of the samples a random combination of the logits is differentiated twice along a random direction:
+    where it is not zero, Theorem 2.1 does not hold. ReLUs of any form, max- and average-pooling and eval-mode batch
+    normalisation pass; softplus, tanh, layer normalisation and attention do not.
+
+    Raises InputError for samples that depend on each other through batch statistics, or a random model.
+    """
+    return _bend(model, x) <= _STRAIGHT
+
+
+def _bend(model: nn.Module, x: Tensor) -> float:
+    """Return by which share the gradient of the logits changes along a random direction of length one."""
+    generator = torch.Generator().manual_seed(0)
+    some = x.detach()[:: max(1, len(x) // _PROBES)][:_PROBES]
+    with _evaluation(model):
+        checks.independent_samples(model, model, some)
+        leaf, logits = _forward(model, some)
+        weights = torch.randn(logits.shape, dtype=logits.dtype, generator=generator).to(logits)
+        (slope,) = torch.autograd.grad(logits, leaf, weights, create_graph=True, materialize_grads=True)
+        if not slope.requires_grad:
+            return 0.0
+        direction = torch.randn(leaf.shape, dtype=leaf.dtype, generator=generator).to(leaf)
+        direction = direction / torch.linalg.vector_norm(direction.flatten(1), dim=1).view(-1, *[1] * (x.ndim - 1))
+        (change,) = torch.autograd.grad(slope, leaf, direction, materialize_grads=True)
+    sizes = [torch.linalg.vector_norm(t.detach().flatten(1), dim=1) for t in (change, slope)]
+    return float((sizes[0] / sizes[1].clamp_min(torch.finfo(x.dtype).tiny)).max())
+
+
+# -- closed form ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ClosedForm:
+    """H = K^T C C^T K of m samples: ``rows`` K (m, c - 1, d) in the model's dtype, ``factor`` C (m, c - 1, c - 1) and
+    ``gram`` K K^T in float64, and the probabilities of the reference class (m,) and of the others (m, c - 1).
+    """
+
+    rows: Tensor
+    factor: Tensor
+    gram: Tensor
+    reference: Tensor
+    others: Tensor
+
+    @property
+    def small(self) -> Tensor:
+        """C^T K K^T C, with the non-zero eigenvalues of H."""
+        return self.factor.mT @ self.gram @ self.factor
+
+    def pseudo_inverse(self, g: Tensor) -> Tensor:
+        """Return H^+ g (m, d) for g (m, d), in float64."""
+        rows = self.rows.double()
+        along = (rows @ g[:, :, None])[:, :, 0]
+        values, vectors = torch.linalg.eigh(self.gram)
+        eps = torch.finfo(self.rows.dtype).eps * rows.shape[1]
+        independent = values[:, 0] > eps * values[:, -1]
+        # With independent rows, H^+ = K^T (K K^T)^-1 A^-1 (K K^T)^-1 K, and A^-1 = diag(1 / p) + 1 1^T / p_r.
+        safe = torch.where(independent[:, None], values, torch.ones_like(values))
+
+        def gram_inverse(b: Tensor) -> Tensor:
+            solved: Tensor = vectors @ ((vectors.mT @ b[:, :, None]) / safe[:, :, None])
+            return solved[:, :, 0]
+
+        b = gram_inverse(along)
+        tiny = torch.finfo(torch.float64).tiny
+        b = b / self.others.clamp_min(tiny) + (b.sum(1) / self.reference)[:, None]
+        exact = gram_inverse(b)
+        # Otherwise from the eigenvectors of C^T K K^T C, without those at rounding level.
+        values, vectors = torch.linalg.eigh(self.small)
+        kept = values > eps * values[:, -1:]
+        squared = torch.where(kept, values, torch.ones_like(values)) ** -2 * kept
+        b = self.factor.mT @ along[:, :, None]
+        general = (self.factor @ (vectors @ (squared[:, :, None] * (vectors.mT @ b))))[:, :, 0]
+        return (rows.mT @ torch.where(independent[:, None], exact, general)[:, :, None])[:, :, 0]
+
+    def damped_inverse(self, g: Tensor, damping: float) -> Tensor:
+        """Return (H + damping I)^-1 g (m, d) for g (m, d), in float64."""
+        rows = self.rows.double()
+        b = self.factor.mT @ (rows @ g[:, :, None])
+        small = self.small
+        eye = torch.eye(small.shape[1], dtype=small.dtype, device=small.device)
+        solved: Tensor = torch.linalg.solve(small + damping * eye, b)
+        return (g - (rows.mT @ (self.factor @ solved))[:, :, 0]) / damping
+
+
+def _closed_forms(model: nn.Module, x: Tensor, memory: int) -> Iterator[_ClosedForm]:
+    """Go through the samples in chunks that take about ``memory`` bytes each."""
+    with _evaluation(model):
+        with torch.no_grad():
+            classes = model(x[:1]).shape[1]
+        size = x[0].numel() * (classes - 1) * (2 * x.element_size() + 8) + 8 * 6 * classes**2
+        for part, _ in _chunks(model, x, None, memory, size):
+            leaf, logits = _forward(model, part)
+            p = _softmax(logits.detach())
+            top = p.argmax(1)
+            order = (top[:, None] + torch.arange(1, classes, device=x.device)) % classes
+            reference, others = p.gather(1, top[:, None])[:, 0], p.gather(1, order)
+            rows = leaf.new_empty(len(part), classes - 1, part[0].numel())
+            for i in range(classes - 1):
+                difference = torch.zeros_like(logits).scatter_(1, order[:, i : i + 1], 1.0)
+                difference.scatter_(1, top[:, None], -1.0)
+                last = i + 1 == classes - 1
+                (row,) = torch.autograd.grad(logits, leaf, difference, retain_graph=not last, materialize_grads=True)
+                rows[:, i] = row.flatten(1)
+            q = others.sqrt()
+            share = q / (1 + reference.sqrt())[:, None]
+            eye = torch.eye(classes - 1, dtype=q.dtype, device=q.device)
+            factor = q[:, :, None] * (eye - q[:, :, None] * share[:, None, :])
+            yield _ClosedForm(rows, factor, (rows @ rows.mT).double(), reference, others)
+
+
+# -- iteration -----------------------------------------------------------------------------------------------------
+
+
+def _by_lanczos(
+    model: nn.Module, x: Tensor, y: Tensor | None, k: int, which: Literal["LA", "LM"], tol: float, memory: int
+) -> Tensor:
+    """Return the k leading eigenvalues (N, k) of each sample by Lanczos iteration on all samples of a chunk at once."""
+    labels = _needed(y)
+    generator = torch.Generator().manual_seed(0)
+    found = [x.new_zeros(0, k, dtype=torch.float64)]
+
+    def leading(theta: Tensor) -> Tensor:
+        return (theta if which == "LA" else theta.abs()).argsort(dim=1, descending=True)[:, :k]
+
+    def finished(theta: Tensor, s: Tensor, left: Tensor) -> bool:
+        residuals = left[:, None] * s[:, -1].abs()
+        allowed = tol * theta.abs().amax(1, keepdim=True)
+        return theta.shape[1] >= k and bool((residuals.gather(1, leading(theta)) <= allowed).all())
+
+    with _evaluation(model):
+        for part, target in _chunks(model, x, labels, memory, x[0].numel() * 8 * (3 * k + 40)):
+            start = torch.randn(len(part), part[0].numel(), dtype=torch.float64, generator=generator).to(x.device)
+            theta, _, _ = _lanczos_on_each(_input_products(model, part, target), start, generator, finished)
+            found.append(theta.gather(1, leading(theta)))
+    return torch.cat(found)
+
+
+def _solve_by_lanczos(
+    model: nn.Module, x: Tensor, y: Tensor | None, g: Tensor, damping: float, tol: float, memory: int
+) -> Tensor:
+    labels = _needed(y)
+    generator = torch.Generator().manual_seed(0)
+    solved, start = [], 0
+    with _evaluation(model):
+        for part, target in _chunks(model, x, labels, memory, x[0].numel() * 8 * 100):
+            right = g[start : start + len(part)].flatten(1).double()
+            start += len(part)
+            length = torch.linalg.vector_norm(right, dim=1)
+
+            def solution(theta: Tensor, s: Tensor, length: Tensor = length) -> Tensor:
+                """Return the coordinates of the solution in the basis, nothing along directions at rounding level."""
+                shifted = theta + damping
+                floor = torch.finfo(x.dtype).eps * shifted.abs().amax(1, keepdim=True)
+                inverse = torch.where(shifted.abs() > floor, 1 / shifted, torch.zeros_like(shifted))
+                return (s @ (inverse * s[:, 0] * length[:, None])[:, :, None])[:, :, 0]
+
+            def finished(theta: Tensor, s: Tensor, left: Tensor, length: Tensor = length) -> bool:
+                return bool((left * solution(theta, s)[:, -1].abs() <= tol * length).all())
+
+            products = _input_products(model, part, target)
+            theta, s, basis = _lanczos_on_each(products, right, generator, finished)
+            solved.append((solution(theta, s)[:, None] @ basis)[:, 0].to(x.dtype))
+    return torch.cat(solved).view_as(x)
+
+
+def _lanczos_on_each(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    generator: torch.Generator,
+    finished: Callable[[Tensor, Tensor, Tensor], bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Ritz values (N, m), coordinates (N, m, m) and bases (N, m, d) of N operators, each from its start (N, d).
+
+    Full reorthogonalisation in float64. Ends when ``finished(values, coordinates, left)`` says so, with ``left`` (N,)
+    the norm of what the last product added to the basis, or at m = d. Where a Krylov space is exhausted, its iteration
+    goes on in a random direction.
+    """
+    n, d = start.shape
+    basis = F.normalize(start, dim=1, eps=0.0).nan_to_num(0.0)[:, None]
+    T, left = start.new_zeros(n, 0, 0), start.new_zeros(n)
+    while True:
+        m = basis.shape[1]
+        w = product(basis[:, -1])
+        if not bool(torch.isfinite(w).all()):
+            raise InputError("a product with an input Hessian is not finite: look for overflow in the model's outputs")
+        w, coefficients = _orthogonalise(w, basis)
+        T = F.pad(T, (0, 1, 0, 1))
+        T[:, :, -1] = coefficients
+        if m > 1:
+            T[:, -1, -2] = left
+        left = torch.linalg.vector_norm(w, dim=1)
+        exhausted = left <= 1e-13 * T.flatten(1).abs().amax(1)
+        left = left.masked_fill(exhausted, 0.0)
+        theta, s = torch.linalg.eigh((T + T.mT) / 2)
+        if m == d or finished(theta, s, left):
+            return theta, s, basis
+        fresh = torch.randn(n, d, dtype=torch.float64, generator=generator).to(w.device)
+        fresh, _ = _orthogonalise(fresh, basis)
+        w = F.normalize(torch.where(exhausted[:, None], fresh, w), dim=1, eps=0.0)
+        basis = torch.cat([basis, w[:, None]], dim=1)
+
+
+def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w (N, d) without its components along the bases (N, m, d), and these components (N, m)."""
+    total = w.new_zeros(basis.shape[:2])
+    for _ in range(2):
+        along = (basis @ w[:, :, None])[:, :, 0]
+        w = w - (along[:, None] @ basis)[:, 0]
+        total += along
+    return w, total
+
+
+def _input_products(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the map from vectors (N, d), float64, to the products with each sample's input Hessian."""
+    leaf, logits = _forward(model, x)
+    (slope,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), leaf, create_graph=True)
+
+    def product(v: Tensor) -> Tensor:
+        if not slope.requires_grad:
+            return torch.zeros_like(v)
+        direction = v.to(x.dtype).view_as(x)
+        (found,) = torch.autograd.grad(slope, leaf, direction, retain_graph=True, materialize_grads=True)
+        return found.flatten(1).double()
+
+    return product
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    with eval_mode(model), full_precision(), torch.enable_grad():
+        yield
+
+
+def _forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inputs as a leaf to differentiate by, and the logits (N, c)."""
+    leaf = x.detach().requires_grad_()
+    return leaf, model(leaf)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return F.softmax(logits.double(), dim=1)
+
+
+def _chunks(model: nn.Module, x: Tensor, y: Tensor | None, memory: int, extra: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through samples and labels in chunks of about ``memory`` bytes: three graphs' worth and ``extra`` a sample."""
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
+    graph = held_bytes(lambda: _forward(model, x[:1]), [*model.parameters(), *model.buffers()])
+    size = max(1, memory // (3 * graph + extra))
+    yield from zip(x.split(size), labels.split(size), strict=True)
+
+
+def _needed(y: Tensor | None) -> Tensor:
+    if y is None:
+        raise InputError("the network is not piecewise linear, so its input Hessians depend on the labels: give y")
+    return y
+
+
+def _chosen(model: nn.Module, x: Tensor, method: str) -> Literal["closed_form", "lanczos"]:
+    if method not in ("auto", "closed_form", "lanczos"):
+        raise unknown("method", method, ["auto", "closed_form", "lanczos"])
+    if method == "lanczos":
+        return "lanczos"
+    bend = _bend(model, x)
+    if bend <= _STRAIGHT:
+        return "closed_form"
+    if method == "closed_form":
+        raise InputError(
+            f"the closed form needs logits that are piecewise linear in the input; along a random direction of length "
+            f"one their gradient changes by {bend:.1e} of itself. Look for smooth activations or normalisation by the "
+            "sample's own statistics, or use method='lanczos' with labels"
+        )
+    return "lanczos"
+
+
+def _check(model: nn.Module, x: Tensor, y: Tensor | None) -> None:
+    if len(x) == 0:
+        raise InputError("there are no inputs: give at least one sample")
+    if y is not None and len(x) != len(y):
+        raise InputError(f"{len(x)} inputs and {len(y)} labels: give as many labels as inputs, at least one")
+    like = next((p for p in model.parameters()), x)
+    if not x.is_floating_point():
+        raise InputError(f"the inputs are {x.dtype}: convert them to the model's {like.dtype}")
+    pairs = [(x, torch.zeros(len(x), device=x.device) if y is None else y)]
+    checks.data(pairs, like.device, like.dtype)
+    with _evaluation(model), torch.no_grad():
+        outputs = model(x[:1])
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
+        told = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(f"the model returns {told} for one sample; it must return logits (N, c), c at least 2")
+    if not bool(torch.isfinite(outputs).all()):
+        raise InputError("the model's outputs are not finite: look for NaN in the weights")
+    if y is not None:
+        checks.labels(outputs, pairs)

@@ -1,25 +1,35 @@
-"""The Hessian of a loss over a whole data set as a linear operator (the paper's section 3.1).
+"""The Hessian and the Gauss-Newton matrix of a loss over a whole data set as linear operators (section 3.1).
 
-A product costs three gradients when it is made from scratch (Pearlmutter, 1994) and two when the graph of the first
-gradient is kept. The operator keeps the graphs of as many minibatches as fit its memory budget and makes the others
-anew in each product. Products are taken in the model's precision and summed over minibatches in float64.
+A product with the Hessian costs about three gradients when it is made from scratch (Pearlmutter, 1994) and at most two
+when the graph of the first gradient is kept; one with the Gauss-Newton matrix (Schraudolph, 2002) a third less. The
+operators keep the graphs of as many minibatches as fit a memory budget and make the others anew in each product.
+Products are taken in the model's precision and summed over minibatches in float64.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from hessnb.curvature import checks
+from hessnb.curvature.double_backward import cheap_double_backward
+from hessnb.curvature.memory import available_memory, held_bytes
+from hessnb.curvature.precision import full_precision
 from hessnb.errors import InputError
 from hessnb.models import eval_mode
 
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+# Maps a vector, split like the parameters, to its product, split likewise; the flag says whether it is called again.
+Linearisation = Callable[[list[Tensor], bool], Sequence[Tensor]]
 
 
 @dataclass
@@ -27,19 +37,14 @@ class _Batch:
     x: Tensor
     y: Tensor
     weight: float  # its share of the samples
-    gradient: tuple[Tensor, ...] | None = None  # with its graph, if that is kept
+    kept: Linearisation | None = None
 
 
-class HessianOperator:
-    """The Hessian of the mean loss over all samples of ``batches``, with respect to the trainable parameters.
+class CurvatureOperator(ABC):
+    """What `HessianOperator` and `GGNOperator` share: data, checks, kept graphs, and products.
 
-    ``batches`` is an iterable of (x, y), read once and held; ``loss_fn(model(x), y)`` is a batch mean, so batches are
-    weighted by their size and a ragged last one is exact. ``graph_memory`` bounds the bytes of kept graphs (default: a
-    quarter of the device's memory; 0 keeps none). The model is evaluated in eval mode. While the operator is in use
-    the parameters must not change: a product with a stale graph raises PyTorch's version error.
-
-    Raises InputError for an empty data set, a model without trainable parameters, or a loss that is not a scalar or
-    not finite.
+    ``shape`` is (n, n), ``dtype`` and ``device`` are the parameters', ``names`` are the parameters that the rows
+    belong to, in order, ``n_samples`` counts the samples and ``n_matvecs`` the products made so far.
     """
 
     def __init__(
@@ -48,131 +53,238 @@ class HessianOperator:
         loss_fn: LossFunction,
         batches: Iterable[tuple[Tensor, Tensor]],
         *,
+        parameters: Sequence[str] | None = None,
+        samples: Tensor | Sequence[int] | None = None,
         graph_memory: int | None = None,
     ) -> None:
         self._model, self._loss_fn = model, loss_fn
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self._parameters:
-            raise InputError("the model has no trainable parameter, so its Hessian has no rows")
-        pairs = list(batches)
-        self.n_samples = sum(len(y) for _, y in pairs)
-        if self.n_samples == 0:
-            raise InputError("the data set is empty: a Hessian needs at least one sample")
+        chosen = checks.chosen_parameters(model, parameters)
+        self.names = tuple(chosen)
+        self._parameters = list(chosen.values())
+        self._constants = {name: p.detach() for name, p in model.named_parameters() if name not in chosen}
+        self.dtype, self.device = self._parameters[0].dtype, self._parameters[0].device
         n = sum(p.numel() for p in self._parameters)
         self.shape = (n, n)
-        self.dtype = self._parameters[0].dtype
-        self.device = self._parameters[0].device
         self.n_matvecs = 0
-        self._batches = [_Batch(x, y, len(y) / self.n_samples) for x, y in pairs]
-        with full_precision():
-            self._keep_graphs(_default_graph_memory(self.device) if graph_memory is None else graph_memory)
+
+        with full_precision(), eval_mode(model):
+            pairs = checks.read_twice(batches, self._value, self.device, self.dtype)
+            if samples is not None:
+                pairs = _select(pairs, samples)
+            self.n_samples = sum(len(x) for x, _ in pairs)
+            checks.data(pairs, self.device, self.dtype)
+            checks.labels(self._forward(pairs[0][0][:1]), pairs)
+            checks.model_and_loss(model, self._forward, loss_fn, *pairs[0])
+        self._batches = [_Batch(x, y, len(x) / self.n_samples) for x, y in pairs]
+        self._versions = checks.versions(model, pairs)
+        with self._evaluation():
+            self._check_all_used()
+            self._keep_graphs(available_memory(self.device) // 2 if graph_memory is None else graph_memory)
+
+    # -- products -------------------------------------------------------------------------------------------------
 
     def matvec(self, v: Tensor) -> Tensor:
-        """Return H v, shape (n,), in the dtype of ``v``; raises InputError for another shape."""
+        """Return the product with a vector (n,), in the dtype of ``v``; raise InputError for another shape."""
         if v.shape != (self.shape[0],):
-            raise InputError(f"a vector of shape {tuple(v.shape)} does not fit a Hessian of shape {self.shape}")
-        parts = self._split(v.to(self.dtype))
-        total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
-        with full_precision():
-            for batch in self._batches:
-                kept = batch.gradient is not None
-                gradient = batch.gradient if batch.gradient is not None else self._gradient(batch)
-                # H is symmetric, so the vector-Jacobian product of the gradient is the product H v.
-                product = torch.autograd.grad(
-                    gradient, self._parameters, parts, retain_graph=kept, allow_unused=True, materialize_grads=True
-                )
-                total.add_(_flat(product), alpha=batch.weight)
-        self.n_matvecs += 1
-        return total.to(v.dtype)
+            raise InputError(f"a vector of shape {tuple(v.shape)} does not fit an operator of shape {self.shape}")
+        return self._products(v[:, None])[:, 0].to(v.dtype)
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """Return H v for a vector (n,), or column by column for a block (n, k)."""
-        if v.ndim == 2:
-            return torch.stack([self.matvec(column) for column in v.unbind(1)], dim=1)
+        """Return the product with a vector (n,) or a block (n, k), which goes over the data once for all columns."""
+        if v.ndim == 2 and v.shape[0] == self.shape[0]:
+            return self._products(v).to(v.dtype)
         return self.matvec(v)
 
     def dense(self) -> Tensor:
-        """Return the whole matrix (n, n) in the model's dtype: n products, for small networks."""
-        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        """Return the whole matrix (n, n) in the model's dtype: n products, for small networks.
 
-    def _gradient(self, batch: _Batch) -> tuple[Tensor, ...]:
-        with eval_mode(self._model), torch.enable_grad():
-            loss = self._loss_fn(self._model(batch.x), batch.y)
-            if loss.ndim != 0 or not torch.isfinite(loss):
-                raise InputError(
-                    f"the loss of a batch is {loss.detach() if loss.ndim == 0 else f'of shape {tuple(loss.shape)}'}: "
-                    "a Hessian needs a scalar, finite batch mean; look for NaN in the data or the weights"
-                )
-            gradient = torch.autograd.grad(
-                loss, self._parameters, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            # Where the loss is linear in a parameter its gradient has no graph; as a leaf it differentiates to zero.
-            return tuple(part if part.requires_grad else part.requires_grad_() for part in gradient)
+        Raises InputError when it would not fit into the memory at hand.
+        """
+        n = self.shape[0]
+        if 2 * 8 * n * n > available_memory(self.device):
+            raise InputError(f"a dense matrix of shape {self.shape} does not fit into memory; use products, or lanczos")
+        return self @ torch.eye(n, dtype=self.dtype, device=self.device)
+
+    def to_scipy(self) -> LinearOperator:
+        """Return a view for SciPy's sparse solvers (eigsh, cg, ...), in float64."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def product(block: object) -> object:
+            return (self @ torch.as_tensor(block, dtype=torch.float64, device=self.device)).cpu().numpy()
+
+        def vector_product(v: object) -> object:
+            return product(torch.as_tensor(v).flatten())
+
+        return LinearOperator(
+            self.shape, matvec=vector_product, rmatvec=vector_product, matmat=product, rmatmat=product, dtype="float64"
+        )
+
+    def _products(self, block: Tensor) -> Tensor:
+        """Return the products with the columns of (n, k) in float64."""
+        checks.unchanged(self._versions)
+        vectors = [self._split(v) for v in block.to(self.device, self.dtype).unbind(1)]
+        total = torch.zeros(len(vectors), self.shape[0], dtype=torch.float64, device=self.device)
+        with self._evaluation():
+            for batch in self._batches:
+                linearisation = batch.kept or self._linearise(batch.x, batch.y)
+                for j, v in enumerate(vectors):
+                    again = batch.kept is not None or j + 1 < len(vectors)
+                    total[j].add_(_flat(linearisation(v, again)), alpha=batch.weight)
+        self.n_matvecs += len(vectors)
+        return total.T
+
+    # -- graphs ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
+        """Return the map from a vector to its product with the matrix of one minibatch's mean loss."""
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        with eval_mode(self._model), full_precision(), torch.enable_grad():
+            yield
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self._constants:
+            return torch.func.functional_call(self._model, self._constants, (x,))  # type: ignore[no-any-return]
+        return self._model(x)  # type: ignore[no-any-return]
+
+    def _loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        loss = self._loss_fn(outputs, y)
+        if not torch.isfinite(loss):
+            raise InputError(f"the loss of a batch is {loss.item()}; look for overflow in the model's outputs")
+        return loss
+
+    def _value(self, pairs: list[tuple[Tensor, Tensor]]) -> float:
+        """Return the mean loss over all samples."""
+        with torch.no_grad():
+            total = sum(len(x) * self._loss_fn(self._forward(x), y).double() for x, y in pairs)
+        return float(total) / sum(len(x) for x, _ in pairs)
+
+    def _check_all_used(self) -> None:
+        """Raise InputError if a parameter has no influence on the loss of any batch."""
+        unused = dict(zip(self.names, self._parameters, strict=True))
+        for batch in self._batches:
+            loss = self._loss(self._forward(batch.x), batch.y)
+            if not loss.requires_grad:
+                break
+            gradient = torch.autograd.grad(loss, list(unused.values()), allow_unused=True)
+            unused = {name: p for (name, p), g in zip(unused.items(), gradient, strict=True) if g is None}
+            if not unused:
+                return
+        raise InputError(
+            f"the loss does not depend on {', '.join(unused)}; name the others: parameters=[...], or freeze nothing "
+            "that the model does not use"
+        )
 
     def _keep_graphs(self, budget: int) -> None:
-        """Keep the graphs of the first batches, as many as ``budget`` bytes hold; measured on the first batch."""
-        per_sample = self._graph_bytes(self._batches[0]) / len(self._batches[0].y)
-        for batch in self._batches:
-            budget -= int(per_sample * len(batch.y))
+        """Keep the graphs of the first batches, as many as ``budget`` bytes hold; measured on the first batch.
+
+        Unless all graphs are kept, room is left for the one that is made anew; in any case for a product's temporaries.
+        """
+        per_sample = self._graph_bytes(self._batches[0]) / len(self._batches[0].x)
+        gradient = self.shape[0] * self.dtype.itemsize
+        sizes = [int(per_sample * len(batch.x)) + gradient for batch in self._batches]
+        temporaries = max(sizes)
+        budget -= temporaries if sum(sizes) + temporaries <= budget else 2 * temporaries
+        for batch, size in zip(self._batches, sizes, strict=True):
+            budget -= size
             if budget < 0:
                 break
-            batch.gradient = self._gradient(batch)
+            batch.kept = self._linearise(batch.x, batch.y)
 
     def _graph_bytes(self, batch: _Batch) -> int:
-        """Return how many bytes the graph of one batch's gradient holds on to, beside the parameters and the data."""
-        own = {t.untyped_storage().data_ptr() for t in (*self._parameters, batch.x, batch.y)}
-        held: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                held[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self._gradient(batch)
-        return sum(held.values())
+        """Return how many bytes the graph of one batch holds on to, beside the parameters and the data."""
+        own = (*self._model.parameters(), batch.x, batch.y)
+        return held_bytes(lambda: self._linearise(batch.x, batch.y), own)
 
     def _split(self, v: Tensor) -> list[Tensor]:
-        sizes = [p.numel() for p in self._parameters]
-        return [part.view_as(p) for part, p in zip(v.split(sizes), self._parameters, strict=True)]
+        parts = v.contiguous().split([p.numel() for p in self._parameters])
+        return [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
 
 
-def _flat(tensors: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors]).to(torch.float64)
+class HessianOperator(CurvatureOperator):
+    """The Hessian of the mean loss over all samples of ``batches``, with respect to the trainable parameters.
 
+    ``batches`` is an iterable of (x, y), read once and held; ``loss_fn(model(x), y)`` is a batch mean, so batches are
+    weighted by their size and a ragged last one is exact. The model is evaluated in eval mode. ``parameters`` restricts
+    it to a diagonal block: names of parameters, or of modules, which stand for all parameters below them.
+    ``samples`` restricts the data to the samples with these indices, counted through the batches, with repetitions.
+    ``graph_memory`` bounds the bytes of kept graphs and of what a product needs beside them (default: half of the free
+    memory; 0 keeps none; what one minibatch needs is always taken).
 
-def _default_graph_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 4
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Switch TF32 and bfloat16 products off inside and restore them afterwards.
-
-    TF32's 10 mantissa bits would drown a residual of 1e-4. PyTorch has two sets of switches, and reading the older one
-    raises once the newer one was used: the older one is set with the newer as long as it can be read.
+    Raises InputError, naming cause and remedy, for an empty data set, NaN in data or weights, labels out of range,
+    mixed devices or dtypes, parameters that are frozen or unused, a loss that is not a batch mean, batches that change
+    from one pass to the next, a model or loss that is random, or samples that depend on each other through batch
+    statistics. A product raises it when weights or data were changed after the operator was made.
     """
-    backends: Any = torch.backends
-    cudnn, mkldnn = backends.cudnn, backends.mkldnn
-    switches = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
-    newer = [switch.fp32_precision for switch in switches]
-    try:
-        older = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    except RuntimeError:
-        older = None
-    try:
-        if older:
-            torch.set_float32_matmul_precision("highest")
-            cudnn.allow_tf32 = False
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        if older:
-            torch.set_float32_matmul_precision(older[0])
-            cudnn.allow_tf32 = older[1]
-        for switch, precision in zip(switches, newer, strict=True):
-            switch.fp32_precision = precision
+
+    def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
+        with cheap_double_backward():
+            loss = self._loss(self._forward(x), y)
+        gradient = torch.autograd.grad(
+            loss, self._parameters, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        # Where the loss is linear in a parameter its gradient has no graph; as a leaf it differentiates to zero.
+        gradient = tuple(part if part.requires_grad else part.requires_grad_() for part in gradient)
+
+        def product(v: list[Tensor], again: bool) -> Sequence[Tensor]:
+            # H is symmetric, so the vector-Jacobian product of the gradient is the product H v.
+            return torch.autograd.grad(
+                gradient, self._parameters, v, retain_graph=again, allow_unused=True, materialize_grads=True
+            )
+
+        return product
+
+
+class GGNOperator(CurvatureOperator):
+    """The generalised Gauss-Newton matrix J^T (d^2 L / d s^2) J of the mean loss L (Schraudolph, 2002).
+
+    J is the derivative of the model's outputs s with respect to the parameters. It is the Hessian of the loss of the
+    model linearised in its parameters; for cross-entropy and the squared loss it is positive semidefinite, and equal to
+    the Fisher information. Arguments and errors are those of `HessianOperator`.
+    """
+
+    def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
+        with cheap_double_backward(fixed=True):
+            outputs = self._forward(x)
+        # J^T u is linear in u: its derivative along v, as a function of u, is J v.
+        u = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(outputs, self._parameters, u, create_graph=True, materialize_grads=True)
+        s = outputs.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self._loss(s, y), s, create_graph=True)
+
+        def product(v: list[Tensor], again: bool) -> Sequence[Tensor]:
+            (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+            curved = torch.zeros_like(s)
+            if slope.requires_grad:  # else the loss is linear in the outputs
+                (curved,) = torch.autograd.grad(slope, s, pushed, retain_graph=again, materialize_grads=True)
+            return torch.autograd.grad(
+                outputs, self._parameters, curved, retain_graph=again, allow_unused=True, materialize_grads=True
+            )
+
+        return product
+
+
+def _select(pairs: list[tuple[Tensor, Tensor]], samples: Tensor | Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Return the samples with the given indices in batches of the size of the first one."""
+    indices = torch.as_tensor(samples, dtype=torch.int64, device="cpu").flatten()
+    ends = torch.tensor([len(x) for x, _ in pairs]).cumsum(0)
+    n = int(ends[-1])
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n:
+        raise InputError(f"samples: indices from {indices.min()} to {indices.max()}; there are {n} samples, from 0 on")
+    batch_of = torch.searchsorted(ends, indices, right=True).tolist()
+    starts = [0, *ends.tolist()]
+    picked = [
+        (pairs[b][0][i - starts[b]], pairs[b][1][i - starts[b]])
+        for b, i in zip(batch_of, indices.tolist(), strict=True)
+    ]
+    size = len(pairs[0][0])
+    return [
+        (torch.stack([x for x, _ in part]), torch.stack([y for _, y in part]))
+        for part in (picked[i : i + size] for i in range(0, len(picked), size))
+    ]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors]).to(torch.float64)

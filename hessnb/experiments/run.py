@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hessnb import data, models, training
-from hessnb.curvature import HessianOperator, lanczos
+from hessnb.curvature import HessianOperator, Progress, lanczos
 from hessnb.errors import RunFailed
 from hessnb.experiments.grid import Task, artefact, load_profile
 from hessnb.experiments.provenance import provenance
@@ -195,14 +195,10 @@ def _spectrum(
     splits = load_data(spec.data, str(device))
     split = splits.train if measure.split == "train" else splits.test
     operator = HessianOperator(model, F.cross_entropy, split.batches(HESSIAN_BATCH[device.type]))
-    # Residuals fall about geometrically: the share of the way down, on a log scale, is an honest share of the work.
-    first: list[float] = []
 
-    def progress(n_products: int, worst: float) -> None:
-        first[:] = [max([*first, worst])]
-        way = math.log(first[0] / measure.tol) if first[0] > measure.tol else 1.0
-        share = min(1.0, math.log(first[0] / max(worst, 1e-300)) / way) if way else 1.0
-        report(label, share, f"{n_products} products, largest residual {worst:.0e}")
+    def progress(told: Progress) -> None:
+        share = 0.0 if told.remaining is None else told.n_matvecs / (told.n_matvecs + told.remaining)
+        report(label, share, str(told))
 
     found = lanczos(operator, measure.k, measure.tol, progress=progress)
     return {

@@ -1,0 +1,204 @@
+"""What must hold of model, loss and data before a second derivative means anything; each fault names a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hessnb.errors import InputError, unknown
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def chosen_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """Return the parameters by name, in the model's order: all, or those named or below a named module.
+
+    Raises InputError for a model without parameters, an unknown name, a frozen parameter, mixed devices or dtypes,
+    or weights that are not finite.
+    """
+    every = dict(model.named_parameters())
+    if not every:
+        raise InputError("the model has no trainable parameter, so its Hessian has no rows")
+    if names is not None:
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            if not any(p == name or p.startswith(f"{name}.") for p in every):
+                raise unknown("parameter or module", name, list(every))
+        every = {p: value for p, value in every.items() if any(p == n or p.startswith(f"{n}.") for n in names)}
+        if not every:
+            raise InputError("parameters = []: name at least one parameter or module")
+    frozen = [name for name, p in every.items() if not p.requires_grad]
+    if frozen:
+        raise InputError(
+            f"{', '.join(frozen)}: requires_grad is False; unfreeze with .requires_grad_(), or leave out with "
+            "parameters=[the names of the others]"
+        )
+    for what in ("device", "dtype"):
+        found = {str(getattr(p, what)) for p in model.parameters()}
+        if len(found) > 1:
+            raise InputError(f"the parameters have different {what}s ({', '.join(sorted(found))}); use model.to(...)")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{name} of the model holds NaN or infinity: did its training diverge?")
+    return every
+
+
+def read_twice(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    mean_loss: Callable[[Pairs], float],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Pairs:
+    """Return the batches as a list; raise InputError if a second pass over them gives other data.
+
+    Another order is no fault, since the mean over all samples stays; the mean loss tells. An iterator can be read only
+    once and is believed. The global random state is left as it was, although loaders draw from it.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        pairs = _pairs(batches)
+        if not pairs:
+            raise InputError("the data set is empty: a Hessian needs at least one sample")
+        if iter(batches) is batches:
+            return pairs
+        again = _pairs(batches)
+    if len(again) == len(pairs) and all(map(_same, pairs, again)):
+        return pairs
+    if sum(len(x) for x, _ in again) == sum(len(x) for x, _ in pairs):
+        data(pairs, device, dtype)
+        data(again, device, dtype)
+        first, second = mean_loss(pairs), mean_loss(again)
+        if abs(first - second) <= 1e2 * torch.finfo(dtype).eps * abs(first):
+            return pairs
+        told = f"the mean loss is {first:.6g}, then {second:.6g}"
+    else:
+        told = f"{sum(len(x) for x, _ in pairs)} samples, then {sum(len(x) for x, _ in again)}"
+    raise InputError(
+        f"the batches change between passes ({told}): switch random augmentation and drop_last off, or pass "
+        "list(batches) to fix one draw"
+    )
+
+
+def data(pairs: Pairs, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise InputError for inputs on another device, of another dtype, or not finite."""
+    for i, (x, y) in enumerate(pairs):
+        if x.device != device or y.device != device:
+            raise InputError(f"batch {i} is on {x.device} and {y.device}, the model on {device}; move one of them")
+        if x.is_floating_point() and x.dtype != dtype:
+            raise InputError(f"the inputs of batch {i} are {x.dtype}, the parameters {dtype}; convert one of them")
+        if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(y).all()):
+            raise InputError(f"batch {i} holds NaN or infinity; clean the data")
+
+
+def labels(outputs: Tensor, pairs: Pairs) -> None:
+    """Raise InputError for class labels outside the range of the outputs (N, c), which CUDA answers with an abort."""
+    if not isinstance(outputs, Tensor):
+        raise InputError(f"the model returns a {type(outputs).__name__}; wrap it so that it returns one tensor")
+    if outputs.ndim != 2:
+        return
+    classes = outputs.shape[1]
+    for i, (_, y) in enumerate(pairs):
+        if y.ndim == 1 and not y.is_floating_point() and not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise InputError(
+                f"batch {i} has labels from {int(y.min())} to {int(y.max())}, the model {classes} outputs: labels run "
+                f"from 0 to {classes - 1}"
+            )
+
+
+def model_and_loss(
+    model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+) -> None:
+    """Raise InputError unless the outputs of one batch are a fixed function of each sample, and the loss their mean."""
+    independent_samples(model, forward, x)
+    with torch.no_grad():
+        outputs = forward(x)
+        eps = torch.finfo(outputs.dtype).eps
+        loss = loss_fn(outputs, y)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(f"the loss is not a scalar ({shape}); use a batch mean: reduction='mean'")
+        if not torch.isfinite(loss):
+            raise InputError(f"the loss of the first batch is {loss.item()}; look for overflow in the model's outputs")
+        if abs(loss - loss_fn(outputs, y)) > 1e3 * eps * abs(loss):
+            raise InputError("the loss is random: it differs when it is computed twice from the same outputs")
+        n = len(x)
+        if n == 1:
+            parts = [(torch.cat([outputs, outputs]), torch.cat([y, y]))]
+        else:
+            cut = max(1, n // 3)
+            parts = [(outputs[:cut], y[:cut]), (outputs[cut:], y[cut:])]
+        losses = [(len(s), loss_fn(s, labels)) for s, labels in parts]
+        total = sum(size for size, _ in losses)
+        expected = sum(size * part for size, part in losses) / total
+        scale = sum(size * abs(part) for size, part in losses) / total
+        if abs(loss - expected) > 1e3 * eps * scale + eps:
+            raise InputError(
+                f"the loss is not a batch mean: {loss.item():.6g} over the first batch, {float(expected):.6g} as the "
+                "mean over its parts; use reduction='mean', without class weights or ignored labels"
+            )
+
+
+def independent_samples(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Raise InputError if the outputs are random, or if those of a sample depend on the others in its batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"{name} normalises by batch statistics even in eval mode: make it with track_running_stats=True"
+            )
+    with torch.no_grad():
+        outputs = forward(x)
+        scale = outputs.abs().amax() if outputs.numel() else 0.0
+        eps = torch.finfo(outputs.dtype).eps
+        if (outputs - forward(x)).abs().amax() > 1e3 * eps * scale:
+            raise InputError(
+                "the model is random in eval mode too: look for dropout that is always on, such as "
+                "F.dropout(x) without training=self.training"
+            )
+        half = len(x) // 2
+        if half and (outputs[:half] - forward(x[:half])).abs().amax() > eps**0.5 * scale:
+            raise InputError(
+                "the outputs of a sample depend on the others in its batch: look for normalisation by batch statistics"
+            )
+
+
+Versions = list[tuple[str, Tensor, int]]
+
+
+def versions(model: nn.Module, pairs: Pairs) -> Versions:
+    """Return the tensors that a product depends on with PyTorch's count of their in-place changes."""
+    named = [(f"{name} of the model", t) for name, t in (*model.named_parameters(), *model.named_buffers())]
+    named += [(f"batch {i}", t) for i, pair in enumerate(pairs) for t in pair]
+    for name, tensor in named:
+        if tensor.is_inference():
+            raise InputError(f"{name} was made under torch.inference_mode and cannot be differentiated: clone it")
+    return [(name, tensor, tensor._version) for name, tensor in named]
+
+
+def unchanged(noted: Versions) -> None:
+    """Raise InputError if one of the tensors was changed in place since `versions` noted it."""
+    for name, tensor, version in noted:
+        if tensor._version != version:
+            raise InputError(f"{name} was changed after the operator was made: make a new operator")
+
+
+def _pairs(batches: Iterable[tuple[Tensor, Tensor]]) -> Pairs:
+    pairs = []
+    for i, pair in enumerate(batches):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
+            raise InputError(f"batch {i} is not a pair of tensors (x, y)")
+        x, y = pair
+        if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+            raise InputError(f"batch {i} has inputs of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}")
+        if len(x):
+            pairs.append((x, y))
+    return pairs
+
+
+def _same(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> bool:
+    return all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
