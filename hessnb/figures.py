@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from hessnb.curvature import InputCurvature
 from hessnb.data import Splits
 from hessnb.experiments.run import Outcome, load_data
+from hessnb.models import layers
 from hessnb.paper.published import published
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -149,4 +151,41 @@ def loss_on_line(positions: Tensor, losses: Tensor) -> Figure:
         left.set(xlabel="position between the images", ylabel="loss")
         right.plot(positions[1:], slopes, color=COLOURS[5])
         right.set(xlabel="position between the images", ylabel="slope of the loss")
+    return figure
+
+
+def input_curvature(curvature: InputCurvature) -> Figure:
+    """Show each sample's largest input eigenvalue against its gradient norm, and the means of both (section 3.2)."""
+    tiny = torch.finfo(torch.float64).tiny
+    with style():
+        figure, (axis,) = _new()
+        gradients, eigenvalues = curvature.gradient_norms.clamp_min(tiny), curvature.lambda1.clamp_min(tiny)
+        axis.loglog(gradients, eigenvalues, ".", markersize=3, alpha=0.5, color=COLOURS[0], rasterized=True)
+        axis.axvline(curvature.mean_gradient_norm, linestyle="--", linewidth=1.2, color=COLOURS[6])
+        axis.axhline(curvature.mean_lambda1, linestyle="--", linewidth=1.2, color=COLOURS[6], label="means")
+        axis.set(xlabel="norm of the input gradient", ylabel="largest input eigenvalue")
+        axis.legend(fontsize=10)
+    return figure
+
+
+def layer_spectra(blocks: Sequence[Outcome], whole: Sequence[Outcome]) -> Figure:
+    """Show the leading eigenvalues of each layer's block of the training Hessian, one colour a batch size."""
+    with style():
+        figure, (axis,) = _new()
+        names: dict[str, str] = {}
+        for i, block in enumerate(blocks):
+            spec = block.task.spec
+            names = layers(spec.model.name, variant=spec.model.variant)
+            line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": ""}
+            for column, layer in enumerate(names):
+                values = block.eigenvalues("train", layer)
+                label = {"label": f"B = {spec.recipe.batch_size}"} if column == 0 else {}
+                axis.semilogy([column + 0.12 * (2 * i - len(blocks) + 1)] * len(values), values, **line, **label)
+            for outcome in whole:
+                if outcome.task.spec == spec and outcome.eigenvalues("train"):
+                    axis.axhline(outcome.eigenvalues("train")[0], linestyle="--", linewidth=1.2, color=line["color"])
+        axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names.values()])
+        axis.set(ylabel="eigenvalue of the layer's block")
+        axis.grid(axis="x", visible=False)
+        axis.legend(fontsize=10)
     return figure

@@ -52,6 +52,20 @@ def build(
         return make(classes, scaled)
 
 
+def layers(name: str, *, variant: str | None = None) -> dict[str, str]:
+    """Return what is readable of the layers with weights of a network of Table 6, by the name of their module.
+
+    For M1: ``{"0": "convolution 1", "3": "convolution 2", "7": "fully connected 1", "9": "fully connected 2"}``. Raises
+    InputError as `build` does.
+    """
+    words = {nn.Conv2d: "convolution", nn.Linear: "fully connected", nn.BatchNorm2d: "batch normalisation"}
+    found: dict[str, str] = {}
+    for path, module in build(name, variant=variant, width=0.01, seed=0).named_modules():
+        if word := words.get(type(module)):
+            found[path] = f"{word} {1 + sum(other.startswith(word) for other in found.values())}"
+    return found
+
+
 def parameter_count(model: nn.Module) -> int:
     """Return the number of trainable weights."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

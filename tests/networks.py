@@ -57,7 +57,7 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
         nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(), nn.Linear(8, 4),
     ],
     "same": lambda: [
-        nn.Conv2d(1, 2, (4, 3), padding="same"), nn.Softplus(), nn.Conv2d(2, 2, 3, padding="same", dilation=2),
+        nn.Conv2d(1, 2, (4, 3), padding="same", dilation=(2, 1)), nn.Softplus(), nn.Conv2d(2, 2, 3, padding="same", dilation=2),
         nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8, 4),
     ],
     "norm": lambda: [

@@ -102,62 +102,63 @@ def test_products_and_eigenvalues_equal_those_of_the_dense_hessian_however_many_
     torch.testing.assert_close(torch.linalg.eigvalsh(dense), eigenvalues, rtol=0, atol=1e-9 * scale)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_gauss_newton_products_equal_the_dense_matrix_which_is_positive_semidefinite(kind: str, loss: str) -> None:
-    model, pairs, expected = network(kind), batches(*samples(), 8), truth("GGN", kind, loss)
-    none, some, every = operators(lambda memory: GGNOperator(model, LOSSES[loss], pairs, graph_memory=memory))
+@pytest.mark.parametrize(
+    ("kind", "loss"), [*((kind, "cross-entropy") for kind in NETWORKS), ("conv", "squared"), ("smooth", "squared")]
+)
+def test_gauss_newton_products_equal_the_dense_matrix(kind: str, loss: str) -> None:
+    expected = truth("GGN", kind, loss)
     block = normal(len(expected), 3)
-    for G in (none, some, every):
+    for memory in (0, 10**7):
+        G = GGNOperator(network(kind), LOSSES[loss], batches(*samples(), 8), graph_memory=memory)
+        assert kept(G) == (3 if memory else 0)
         for _ in range(2):
             assert_near(G.matvec(block[:, 0]), expected @ block[:, 0])
         assert_near(G @ block, expected @ block)
-    if loss == "squared":
-        return
-    dense = every.dense()
-    assert_near(dense, expected)
-    eigenvalues = torch.linalg.eigvalsh(dense)
-    assert eigenvalues[0] >= -1e-12 * eigenvalues[-1]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gauss_newton_and_hessian_are_equal_for_a_linear_model_alone(loss: str) -> None:
-    for kind, equal in (("linear", True), ("smooth", False)):
-        pairs = batches(*samples(), 8)
-        H = HessianOperator(network(kind), LOSSES[loss], pairs).dense()
-        G = GGNOperator(network(kind), LOSSES[loss], pairs).dense()
-        assert (float((G - H).norm()) <= 1e-12 * float(H.norm())) == equal
-        assert_near(H, truth("Hessian", kind, loss))
+@pytest.mark.parametrize("kind", ["conv", "linear", "others"])
+def test_gauss_newton_matrix_is_positive_semidefinite_and_the_hessian_alone_of_a_linear_model(
+    kind: str, loss: str
+) -> None:
+    H, G = (operator(network(kind), LOSSES[loss], [samples()]).dense() for operator in (HessianOperator, GGNOperator))
+    eigenvalues = torch.linalg.eigvalsh(G)
+    assert eigenvalues[0] >= -1e-12 * eigenvalues[-1]
+    assert (float((G - H).norm()) <= 1e-12 * float(H.norm())) == (kind == "linear")
+    assert (torch.linalg.eigvalsh(H)[0] >= -1e-12 * eigenvalues[-1]) == (kind == "linear")
 
 
+@pytest.mark.parametrize("memory", [0, 10**7])
 @pytest.mark.parametrize("kind", ["smooth", "linear"])
-def test_a_loss_that_is_linear_in_a_parameter_has_no_curvature_there(kind: str) -> None:
+def test_a_loss_that_is_linear_in_a_parameter_has_no_curvature_there(kind: str, memory: int) -> None:
     x, y = samples()
-    for memory in (0, None):
-        dense = HessianOperator(network(kind), mean_output, batches(x, y, 5), graph_memory=memory).dense()
-        torch.testing.assert_close(dense, dense_hessian(network(kind), x, y, mean_output), rtol=1e-10, atol=1e-15)
-        assert not dense[-4:].any()  # the last bias
-        assert bool(dense.any()) == (kind == "smooth")
-        assert not GGNOperator(network(kind), mean_output, batches(x, y, 5), graph_memory=memory).dense().any()
+    expected = dense_hessian(network(kind), x, y, mean_output)
+    v = normal(len(expected))
+    product = HessianOperator(network(kind), mean_output, batches(x, y, 8), graph_memory=memory).matvec(v)
+    torch.testing.assert_close(product, expected @ v, rtol=1e-10, atol=1e-15)
+    assert not product[-4:].any()  # the last bias
+    assert bool(product.any()) == (kind == "smooth")
+    assert not GGNOperator(network(kind), mean_output, batches(x, y, 8), graph_memory=memory).matvec(v).any()
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("memory", [0, 10**7])
 def test_a_block_product_is_the_single_products_and_counts_each_column(operator: str, memory: int) -> None:
-    H = OPERATORS[operator](network(), F.cross_entropy, batches(*samples(), 8), graph_memory=memory)
+    H = OPERATORS[operator](network("pool"), F.cross_entropy, batches(*samples(), 8), graph_memory=memory)
     assert H.n_matvecs == 0
-    block = normal(H.shape[0], 4)
+    block = normal(72, 4)
     together = H @ block
     assert H.n_matvecs == 4
     for j, v in enumerate(block.unbind(1)):
-        torch.testing.assert_close(together[:, j], H.matvec(v), rtol=1e-13, atol=1e-14)
-        torch.testing.assert_close(H @ v, H.matvec(v), rtol=0, atol=0)
+        single = H.matvec(v)
+        torch.testing.assert_close(together[:, j], single, rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(H @ v, single, rtol=0, atol=0)
     assert H.n_matvecs == 12
-    assert (H @ block[:, :0]).shape == (H.shape[0], 0)
-    assert (H @ block[:, :1]).shape == (H.shape[0], 1)
+    assert (H @ block[:, :0]).shape == (72, 0)
+    assert (H @ block[:, :1]).shape == (72, 1)
     assert H.n_matvecs == 13
     H.dense()
-    assert H.n_matvecs == 13 + H.shape[0]
+    assert H.n_matvecs == 13 + 72
 
 
 def test_vectors_may_have_any_strides_and_may_need_gradients() -> None:
@@ -174,13 +175,13 @@ def test_vectors_may_have_any_strides_and_may_need_gradients() -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_products_come_in_the_dtype_of_the_vector(operator: str) -> None:
     x, y = samples()
-    H = OPERATORS[operator](network().float(), F.cross_entropy, batches(x.float(), y, 8))
-    v = normal(H.shape[0], 2)
+    H = OPERATORS[operator](network("pool").float(), F.cross_entropy, batches(x.float(), y, 12))
+    v = normal(72, 2)
     assert H.dtype == H.dense().dtype == torch.float32
     assert H.matvec(v[:, 0]).dtype == (H @ v).dtype == torch.float64
     assert H.matvec(v[:, 0].float()).dtype == (H @ v.float()).dtype == torch.float32
-    assert_near(H @ v, truth(operator, "conv") @ v, 1e-5)
-    exact = OPERATORS[operator](network(), F.cross_entropy, batches(x, y, 8))
+    assert_near(H @ v, truth(operator, "pool") @ v, 1e-5)
+    exact = OPERATORS[operator](network("pool"), F.cross_entropy, batches(x, y, 12))
     assert exact.matvec(v[:, 0].float()).dtype == torch.float32
     assert exact.dense().dtype == torch.float64
 
@@ -248,7 +249,8 @@ def test_restriction_to_parameters_is_a_diagonal_block_in_the_models_order(
     H = OPERATORS[operator](model, F.cross_entropy, batches(*samples(), 8), parameters=parameters, graph_memory=memory)
     assert list(H.names) == names
     mask = torch.cat([torch.full((p.numel(),), name in names) for name, p in model.named_parameters()])
-    assert_near(H.dense(), truth(operator, "conv")[mask][:, mask])
+    block = normal(H.shape[0], 2)
+    assert_near(H @ block, truth(operator, "conv")[mask][:, mask] @ block)
 
 
 def test_names_of_all_parameters_are_the_models() -> None:
@@ -505,16 +507,15 @@ def test_model_is_untouched(operator: str, memory: int, unchanged: Untouched) ->
     model = with_gradients()
     x, y = samples()
     with unchanged(model):
-        H = OPERATORS[operator](model, F.cross_entropy, batches(x, y, 5), graph_memory=memory)
+        H = OPERATORS[operator](model, F.cross_entropy, batches(x, y, 12), graph_memory=memory)
     with unchanged(model):
         H.matvec(normal(100))
         H @ normal(100, 2)
     with unchanged(model):
-        lanczos(H, k=2)
-        H.dense()
+        lanczos(H, k=1, tol=1e-2)
         H.to_scipy() @ np.ones(100)
     with unchanged(model):
-        OPERATORS[operator](model, F.cross_entropy, batches(x, y, 5), parameters=["0"], samples=[3, 7]).dense()
+        OPERATORS[operator](model, F.cross_entropy, batches(x, y, 5), parameters=["5.bias"], samples=[3, 7]).dense()
         input_hessian(model, x[:2], y[:2])
         input_hessian(model, x[:2], y[:2], train_mode=True)
     assert all(bool((p.grad == 1).all()) for p in model.parameters() if p.grad is not None)
@@ -620,25 +621,25 @@ def test_autocast_outside_does_not_lower_the_precision_inside(operator: str, mem
     assert_near(found, truth(operator, "conv") @ v, 1e-5)
 
 
-# Each is run in an interpreter of its own: PyTorch has two sets of switches, and one spoils the other for good.
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "pass",
-        "torch.set_float32_matmul_precision('medium')",
-        "torch.backends.fp32_precision = 'tf32'",
-    ],
-)
-def test_tf32_is_off_inside_and_as_before_outside(setting: str) -> None:
-    subprocess.run([sys.executable, "-c", TF32_CHECK.format(setting=setting)], check=True)
+def test_tf32_is_off_inside_and_as_before_outside() -> None:
+    subprocess.run([sys.executable, "-c", TF32_CHECK], check=True)
 
 
+# Each setting has a process of its own: PyTorch has two sets of switches, and one spoils the other for good.
 TF32_CHECK = """
+import os
 import torch
 from hessnb.curvature.precision import full_precision
 b = torch.backends
 NEWER = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
 OLDER = (torch.get_float32_matmul_precision, lambda: b.cudnn.allow_tf32, lambda: b.cuda.matmul.allow_tf32)
+SETTINGS = (
+    "pass",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cudnn.allow_tf32 = False",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+)
 
 def state():
     values = [switch.fp32_precision for switch in NEWER]
@@ -649,16 +650,24 @@ def state():
             values.append("unreadable")
     return values
 
-{setting}
-before = state()
-try:
-    with full_precision():
-        assert {{switch.fp32_precision for switch in NEWER}} == {{"ieee"}}
-        assert "unreadable" in before or state()[6:] == ["highest", False, False]
-        raise RuntimeError("stop")
-except RuntimeError as error:
-    assert str(error) == "stop"
-assert state() == before, (before, state())
+def check(setting):
+    exec(setting)
+    before = state()
+    try:
+        with full_precision():
+            assert {switch.fp32_precision for switch in NEWER} == {"ieee"}
+            assert "unreadable" in before or state()[6:] == ["highest", False, False]
+            raise RuntimeError("stop")
+    except RuntimeError as error:
+        assert str(error) == "stop"
+    assert state() == before, (setting, before, state())
+
+for setting in SETTINGS:
+    child = os.fork()
+    if not child:
+        check(setting)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, setting
 """
 
 
@@ -868,7 +877,9 @@ def test_an_empty_data_set_is_refused(data: Batches) -> None:
 
 def test_a_batch_without_samples_does_not_count() -> None:
     pairs = [(X[:0], Y[:0]), *batches(X, Y, 8), (X[:0], Y[:0])]
-    assert_near(HessianOperator(network(), F.cross_entropy, pairs).dense(), truth("Hessian", "conv"))
+    H, v = HessianOperator(network(), F.cross_entropy, pairs), normal(100)
+    assert H.n_samples == 23
+    assert_near(H.matvec(v), truth("Hessian", "conv") @ v)
 
 
 @pytest.mark.parametrize(
@@ -917,9 +928,12 @@ class Passes(list[tuple[Tensor, Tensor]]):
         pytest.param(lambda: loader(X, Y, drop_last=True), "the mean loss is", id="drop_last and shuffle"),
         pytest.param(lambda: Passes(lambda i: batches(*samples(seed=i), 5)), "the mean loss is", id="other data"),
         pytest.param(lambda: Passes(lambda i: batches(X, (Y + i) % 4, 5)), "the mean loss is", id="other labels"),
-        pytest.param(lambda: Passes(lambda i: batches(X, Y, 5)[i:]), "18 samples, then 13", id="fewer batches"),
-        pytest.param(lambda: Passes(lambda i: batches(X, Y, 5)[: 6 - i]), "23 samples, then 20", id="one less"),
-        pytest.param(lambda: Passes(lambda i: batches(X, Y, 5) if i == 1 else []), "then 0", id="only one pass"),
+        pytest.param(
+            lambda: Passes(lambda i: batches(X, Y, 5)[: 5 if i == 1 else 3]), "23 samples, then 15", id="fewer batches"
+        ),
+        pytest.param(
+            lambda: Passes(lambda i: batches(X, Y, 5) if i == 1 else []), "23 samples, then 0", id="only one pass"
+        ),
     ],
 )
 def test_batches_that_change_between_passes_are_refused(make: Callable[[], Batches], cause: str) -> None:
@@ -944,7 +958,8 @@ def test_a_generator_is_read_once_and_believed() -> None:
     read = []
     H = HessianOperator(network(), F.cross_entropy, (read.append(1) or pair for pair in batches(X, Y, 5)))  # type: ignore[func-returns-value]
     assert len(read) == 5
-    assert_near(H.dense(), truth("Hessian", "conv"))
+    v = normal(100)
+    assert_near(H.matvec(v), truth("Hessian", "conv") @ v)
     fixed = list(DataLoader(Draws(), batch_size=5))
     assert HessianOperator(network(), F.cross_entropy, fixed).n_samples == 23
 
@@ -1015,7 +1030,7 @@ def test_tensors_made_under_inference_mode_are_refused(
         refused(
             lambda: operator(make(), F.cross_entropy, [data]),  # noqa: B023
             f"{what} was made under torch.inference_mode",
-            "clone it outside",
+            "clone it",
         )
 
 
@@ -1042,7 +1057,7 @@ CHANGES: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], object], str]] = 
     "step of training": (step, "of the model"),
     "weights loaded": (lambda m, x, y: m.load_state_dict(network("conv").state_dict()), "0.weight of the model"),
     "buffer in place": (lambda m, x, y: m.get_buffer("2.running_var").mul_(2), "2.running_var of the model"),
-    "statistics of a forward pass": (lambda m, x, y: m.train()(x), "2.running_mean of the model"),
+    "statistics of a forward pass": (lambda m, x, y: m.train()(x), "2."),
     "inputs in place": (lambda m, x, y: x[-1].mul_(2), "batch "),
     "labels in place": (lambda m, x, y: y.fill_(0), "batch "),
     "parameter replaced": (lambda m, x, y: replace(m, "5.weight"), "5.weight"),

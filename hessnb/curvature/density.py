@@ -14,7 +14,7 @@ of sqrt(2)/n and a long tail, so that with few probes its error bar is rough its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from hessnb.curvature.krylov import SymmetricOperator
+from hessnb.curvature.krylov import Krylov, SymmetricOperator, product
 from hessnb.errors import InputError, unknown
 
 
@@ -148,12 +148,14 @@ def spectral_density(
     nodes, weights = torch.zeros(2, n_probes, limit, dtype=torch.float64)
     n_matvecs = 0
     for i in range(n_probes):
-        probe = torch.randn(n, dtype=torch.float64, generator=generator).to(H.device)
-        for T, is_last in _projections(H, probe / torch.linalg.vector_norm(probe), limit):
+        krylov, grew = Krylov(H, generator), True
+        while grew and krylov.n_matvecs < limit:
+            grew = krylov.expand(krylov.pending[-1])
             n_matvecs += 1
             if progress:
-                left = (0 if is_last else limit - len(T)) + (n_probes - 1 - i) * limit
+                left = (limit - krylov.n_matvecs if grew else 0) + (n_probes - 1 - i) * limit
                 progress(n_matvecs, n_matvecs + left)
+        T = krylov.projection[: krylov.n_matvecs]
         theta, s = torch.linalg.eigh((T + T.T) / 2)
         # The padding is a node of the rule itself, so that no function is asked for its value outside the spectrum.
         nodes[i, : len(T)], nodes[i, len(T) :] = theta, theta[-1]
@@ -192,56 +194,22 @@ def trace(
     n = H.shape[0]
     if n_matvecs >= n:
         units = (one_hot(torch.tensor(i), n).to(H.device, torch.float64) for i in range(n))
-        return Estimate(sum(float(e @ _product(H, e)) for e in units), 0.0, n)
+        return Estimate(sum(float(e @ product(H, e)) for e in units), 0.0, n)
     generator = generator or torch.Generator().manual_seed(0)
     rank = n_matvecs // 3 if method == "hutch++" else 0
     # A Gaussian sketch: random signs, as in the paper, can be orthogonal to the range of a sparse H.
     sketch = torch.randn(rank, n, dtype=torch.float64, generator=generator).to(H.device)
     for row in sketch:
-        row.copy_(_product(H, row))
+        row.copy_(product(H, row))
     Q = torch.linalg.qr(sketch.T).Q  # (n, rank); without columns for Hutchinson's estimate
-    found = sum(float(q @ _product(H, q)) for q in Q.T)
+    found = sum(float(q @ product(H, q)) for q in Q.T)
     samples = torch.empty(n_matvecs - 2 * rank, dtype=torch.float64)
     for i in range(len(samples)):
         z = (2 * torch.randint(2, (n,), generator=generator) - 1).to(H.device, torch.float64)
         for _ in range(2):
             z = z - Q @ (Q.T @ z)
-        samples[i] = z @ _product(H, z)
+        samples[i] = z @ product(H, z)
     return _estimate(found + samples, n_matvecs)
-
-
-def _projections(H: SymmetricOperator, start: Tensor, limit: int) -> Iterator[tuple[Tensor, bool]]:
-    """Yield, after the m-th of up to ``limit`` products, V_m^T H V_m (m, m) and whether it is the last.
-
-    V_m (n, m) is the orthonormal Lanczos basis that begins with ``start`` (n,). All coefficients of the full
-    reorthogonalisation are kept, and the caller symmetrises: a product's asymmetry by rounding is averaged.
-    """
-    basis = torch.empty(limit, len(start), dtype=torch.float64, device=start.device)
-    T = torch.zeros(limit, limit, dtype=torch.float64)
-    basis[0] = start
-    largest = 0.0  # the norm of the longest product yet, a lower bound of the operator's
-    for m in range(1, limit + 1):
-        w = _product(H, basis[m - 1])
-        largest = max(largest, float(torch.linalg.vector_norm(w)))
-        for _ in range(2):  # twice is enough (Parlett, 1998, section 6.9)
-            coefficients = basis[:m] @ w
-            w = w - basis[:m].T @ coefficients
-            T[:m, m - 1] += coefficients.cpu()
-        norm = float(torch.linalg.vector_norm(w))
-        is_last = m == limit or norm <= 1e-13 * largest  # what is left is rounding: the Krylov space is exhausted
-        yield T[:m, :m], is_last
-        if is_last:
-            return
-        T[m, m - 1] = norm
-        basis[m] = w / norm
-
-
-def _product(H: SymmetricOperator, v: Tensor) -> Tensor:
-    """Return H v (n,) in float64, whatever precision H has; raise InputError where it is not finite."""
-    w = H.matvec(v).to(torch.float64)
-    if not bool(torch.isfinite(w).all()):
-        raise InputError("a product with the operator is not finite: look for NaN in the data or the weights")
-    return w
 
 
 def _estimate(samples: Tensor, n_matvecs: int) -> Estimate:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hessnb.curvature.krylov import Krylov, KrylovState, SymmetricOperator, Which
+from hessnb.curvature.krylov import Krylov, KrylovState, SymmetricOperator, Which, product
 from hessnb.curvature.memory import available_memory
 from hessnb.errors import InputError, unknown
 
@@ -271,10 +271,8 @@ def power_iteration(
         # The pairs that come after need a product each.
         while not done and n_matvecs < limit - (k - 1 - i):
             v = v / torch.linalg.vector_norm(v)
-            w = H.matvec(v).to(torch.float64)
+            w = product(H, v)
             n_matvecs += 1
-            if not bool(torch.isfinite(w).all()):
-                raise InputError("a product with the operator is not finite: look for NaN in the data or the weights")
             value = float(v @ w)
             defect = float(torch.linalg.vector_norm(w - value * v))
             vectors[i], values[i] = v, value

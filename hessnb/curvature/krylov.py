@@ -175,10 +175,8 @@ class Krylov:
 
     def expand(self, row: int) -> bool:
         """Multiply a pending row, and return whether the product left a new row, which is then the last pending one."""
-        w = self.H.matvec(self.basis[row]).to(torch.float64)
+        w = product(self.H, self.basis[row])
         self.n_matvecs += 1
-        if not bool(torch.isfinite(w).all()):
-            raise InputError("a product with the operator is not finite: look for NaN in the data or the weights")
         w, coefficients = self.basis.orthogonalise(w)
         norm = torch.linalg.vector_norm(w)
         self.columns.append(row)
@@ -277,6 +275,14 @@ class Krylov:
     def _rotate(self, rotation: Tensor) -> None:
         self.basis.rotate(rotation)
         self.projection = rotation @ self.projection
+
+
+def product(H: SymmetricOperator, v: Tensor) -> Tensor:
+    """Return H v (n,) in float64, whatever precision H has; raise InputError where it is not finite."""
+    w = H.matvec(v).to(torch.float64)
+    if not bool(torch.isfinite(w).all()):
+        raise InputError("a product with the operator is not finite: look for NaN in the data or the weights")
+    return w
 
 
 def leading(values: Tensor, which: Which) -> Tensor:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from hessnb import models
 from hessnb.errors import InputError, unknown
-from hessnb.experiments.spec import DataSpec, Frozen, Measure, ModelSpec, RunSpec, Spectrum
+from hessnb.experiments.spec import DataSpec, Frozen, Measure, ModelSpec, PowerIteration, RunSpec, Spectrum
 from hessnb.training import Recipe
 
 
@@ -66,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A table or figure of the paper: its name, what it shows, and the tasks that it needs for one seed."""
+    """A table or figure, the paper's or ours: its name, what it shows, and the tasks that it needs for one seed."""
 
     name: str
     title: str
@@ -106,11 +107,39 @@ def _fig1(profile: Profile, seed: int) -> list[Task]:
     return [Task(m1.spec(batch_size, seed), measures) for batch_size in m1.batch_sizes]
 
 
+# How many eigenvalues of each layer, and how many by power iteration, are enough to see the point.
+_FEW = 5
+
+
+def _layers(profile: Profile, seed: int) -> list[Task]:
+    """Return the spectra of each layer's block for the smallest and the largest batch."""
+    m1, spectrum = profile.large_batch["M1"], profile.spectrum
+    k = min(_FEW, spectrum.k)
+    measures = tuple(
+        Spectrum(split="train", k=k, tol=spectrum.tol, parameters=layer)
+        for layer in models.layers("M1", variant=m1.model.variant)
+    )
+    sizes = sorted({min(m1.batch_sizes), max(m1.batch_sizes)})
+    return [Task(m1.spec(batch_size, seed), measures) for batch_size in sizes]
+
+
+def _stopping(profile: Profile, seed: int) -> list[Task]:
+    """Return the first eigenvalues of one network, by Lanczos iteration and by the paper's power iteration."""
+    m1, spectrum = profile.large_batch["M1"], profile.spectrum
+    measures = (
+        Spectrum(split="train", k=spectrum.k, tol=spectrum.tol),
+        PowerIteration(split="train", k=min(_FEW, spectrum.k), tol=spectrum.tol),
+    )
+    return [Task(m1.spec(m1.batch_sizes[0], seed), measures)]
+
+
 ARTEFACTS = {
     artefact.name: artefact
     for artefact in (
         Artefact("table7", "M1 on MNIST: accuracy and dominant Hessian eigenvalue against batch size", _table7),
         Artefact("fig1", "Top 20 Hessian eigenvalues against batch size (M1, right)", _fig1),
+        Artefact("layers", "Hessian eigenvalues layer by layer, smallest and largest batch (M1)", _layers),
+        Artefact("stopping", "The paper's power iteration beside certified eigenvalues (M1)", _stopping),
     )
 }
 

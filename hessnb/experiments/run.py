@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hessnb import data, models, training
-from hessnb.curvature import HessianOperator, Progress, lanczos
+from hessnb.curvature import EigenResult, HessianOperator, KrylovState, Progress, lanczos, power_iteration
 from hessnb.errors import RunFailed
 from hessnb.experiments.grid import Task, artefact, load_profile
 from hessnb.experiments.provenance import provenance
@@ -48,10 +48,17 @@ class Outcome:
             return False
         return self.result.status == "failed" or set(self.task.measures) <= self.measurements.keys()
 
-    def eigenvalues(self, split: str) -> list[float]:
-        """Return the Hessian eigenvalues measured on a split, the largest magnitude first; empty when not measured."""
-        found = [m for measure, m in self.measurements.items() if measure.split == split]
-        return list(found[0].values["eigenvalues"]) if found else []
+    def eigenvalues(self, split: str, parameters: str | None = None) -> list[float]:
+        """Return the Hessian eigenvalues measured on a split, the largest magnitude first; empty when not measured.
+
+        ``parameters`` names the block that they belong to, None the whole Hessian.
+        """
+        found = [
+            m.values["eigenvalues"]
+            for measure, m in self.measurements.items()
+            if isinstance(measure, Spectrum) and measure.split == split and measure.parameters == parameters
+        ]
+        return list(max(found, key=len, default=[]))
 
 
 def look_up(source: Results, tasks: Sequence[Task]) -> list[Outcome]:
@@ -156,7 +163,19 @@ def measure_run(
         started = time.perf_counter()
         label = f"{spec.label}: {measure.label}"
         report(label, 0.0, "")
-        values = _spectrum(trained_model(store, spec, where), spec, measure, where, report, label)
+        model = trained_model(store, spec, where)
+        operator = _operator(model, spec, measure, where)
+        if isinstance(measure, Spectrum):
+            found_pairs = _lanczos(operator, store, spec, measure, report, label)
+        else:
+            found_pairs = power_iteration(operator, measure.k, measure.tol)
+        values: dict[str, object] = {
+            "eigenvalues": found_pairs.eigenvalues.tolist(),
+            "residuals": found_pairs.residuals.tolist(),
+            "n_matvecs": found_pairs.n_matvecs,
+            "converged": found_pairs.converged,
+            "n_samples": operator.n_samples,
+        }
         seconds = time.perf_counter() - started
         measurement = Measurement(measure, values, provenance(device=where, seed=spec.recipe.seed, seconds=seconds))
         store.save_measurement(spec, measurement)
@@ -189,25 +208,28 @@ def load_data(spec: DataSpec, device: str) -> data.Splits:
     return data.load(spec.name, n_train=spec.n_train, n_test=spec.n_test, device=device)
 
 
-def _spectrum(
-    model: nn.Module, spec: RunSpec, measure: Spectrum, device: torch.device, report: Report, label: str
-) -> dict[str, object]:
+def _operator(model: nn.Module, spec: RunSpec, measure: Measure, device: torch.device) -> HessianOperator:
     splits = load_data(spec.data, str(device))
     split = splits.train if measure.split == "train" else splits.test
-    operator = HessianOperator(model, F.cross_entropy, split.batches(HESSIAN_BATCH[device.type]))
+    block = [measure.parameters] if isinstance(measure, Spectrum) and measure.parameters else None
+    return HessianOperator(model, F.cross_entropy, split.batches(HESSIAN_BATCH[device.type]), parameters=block)
+
+
+def _lanczos(
+    operator: HessianOperator, store: Store, spec: RunSpec, measure: Spectrum, report: Report, label: str
+) -> EigenResult:
+    """Solve for a spectrum, going on from what the store kept of an interrupted solve."""
 
     def progress(told: Progress) -> None:
         share = 0.0 if told.remaining is None else told.n_matvecs / (told.n_matvecs + told.remaining)
         report(label, share, str(told))
 
-    found = lanczos(operator, measure.k, measure.tol, progress=progress)
-    return {
-        "eigenvalues": found.eigenvalues.tolist(),
-        "residuals": found.residuals.tolist(),
-        "n_matvecs": found.n_matvecs,
-        "converged": found.converged,
-        "n_samples": operator.n_samples,
-    }
+    def save(state: KrylovState) -> None:
+        store.save_partial(spec, measure, {field.name: getattr(state, field.name) for field in fields(KrylovState)})
+
+    kept = store.partial(spec, measure)
+    state = KrylovState(**kept) if kept else None
+    return lanczos(operator, measure.k, measure.tol, progress=progress, state=state, save=save)
 
 
 def _share_done(state: State, recipe: training.Recipe) -> float:

@@ -120,18 +120,15 @@ class RunSpec(Frozen):
         return f"{self.label}-{self.key}"
 
 
-class Spectrum(Frozen):
-    """The ``k`` Hessian eigenvalues of largest magnitude over a split, to relative residual ``tol`` (section 3.1)."""
+class _Measured(Frozen):
+    """What every measure has: the data that it is taken over, and names."""
 
-    kind: Literal["spectrum"] = "spectrum"
     split: Literal["train", "test"]
-    k: PositiveInt
-    tol: PositiveFloat
 
     @property
     def label(self) -> str:
         """A short readable name."""
-        return f"spectrum-{self.split}-k{self.k}"
+        raise NotImplementedError
 
     @property
     def slug(self) -> str:
@@ -139,5 +136,44 @@ class Spectrum(Frozen):
         return f"{self.label}-{self.key}"
 
 
-# Further kinds of measure join here as a union that pydantic tells apart by ``kind``.
-Measure = Spectrum
+class Spectrum(_Measured):
+    """The ``k`` Hessian eigenvalues of largest magnitude over a split, to relative residual ``tol`` (section 3.1).
+
+    With ``parameters``, the name of a parameter or module, those of the diagonal block of its parameters.
+    """
+
+    kind: Literal["spectrum"] = "spectrum"
+    k: PositiveInt
+    tol: PositiveFloat
+    parameters: str | None = None
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        return f"spectrum-{self.split}-k{self.k}" + (f"-{self.parameters}" if self.parameters else "")
+
+
+class PowerIteration(_Measured):
+    """The same by the paper's own method, power iteration with deflation, stopped by its own rule (section 3.1)."""
+
+    kind: Literal["power_iteration"] = "power_iteration"
+    k: PositiveInt
+    tol: PositiveFloat
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        return f"power-{self.split}-k{self.k}"
+
+
+# Further kinds of measure join here; they are told apart by ``kind``.
+Measure = Spectrum | PowerIteration
+_KINDS: dict[str, type[Measure]] = {"spectrum": Spectrum, "power_iteration": PowerIteration}
+
+
+def parse_measure(content: Any, where: str) -> Measure:
+    """Return the measure that ``content`` describes; raise InputError naming ``where`` it came from if it is none."""
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind not in _KINDS:
+        raise InputError(f"{where}: unknown kind of measure {kind!r}; there is: {', '.join(_KINDS)}")
+    return _KINDS[kind].parse(content, where)

@@ -6,6 +6,7 @@
         checkpoint.safetensors             the last finished epoch of a training under way
         weights.safetensors, run.json      the trained network; run.json is written last and makes it a result
         <measure>-<key>.json               one thing computed on it
+        <measure>-<key>.partial.safetensors   an eigen-solve under way
 
 Every file carries a checksum, is written beside its place, forced to the disk and renamed: a kill, a full disk or a
 second process at the same run can cost the work since the last checkpoint, never a file.
@@ -31,7 +32,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hessnb.errors import InputError
-from hessnb.experiments.spec import Measure, RunSpec
+from hessnb.experiments.spec import Measure, RunSpec, parse_measure
 from hessnb.training import Epoch, State
 
 SCHEMA = 1
@@ -155,8 +156,19 @@ class Store:
 
     def save_measurement(self, spec: RunSpec, measurement: Measurement) -> None:
         """Keep what a measure gave."""
-        path = self._prepare(spec) / f"{measurement.measure.slug}.json"
-        _write_sealed_json(path, measurement_to_json(measurement))
+        folder = self._prepare(spec)
+        _write_sealed_json(folder / f"{measurement.measure.slug}.json", measurement_to_json(measurement))
+        (folder / f"{measurement.measure.slug}.partial.safetensors").unlink(missing_ok=True)
+
+    def partial(self, spec: RunSpec, measure: Measure) -> dict[str, Tensor] | None:
+        """Return what is kept of a measure under way, by name, or None."""
+        path = self._folder(spec) / f"{measure.slug}.partial.safetensors"
+        return _read_tensors(path)[0] if path.exists() else None
+
+    def save_partial(self, spec: RunSpec, measure: Measure, tensors: dict[str, Tensor]) -> None:
+        """Keep what is there of a measure under way, in the place of what was kept before."""
+        path = self._prepare(spec) / f"{measure.slug}.partial.safetensors"
+        _write_tensors(path, tensors, {"measure": measure.canonical()})
 
     def measurements(self, spec: RunSpec) -> Iterator[Measurement]:
         """Go through all that has been measured on the network of ``spec``."""
@@ -247,7 +259,7 @@ def measurement_to_json(measurement: Measurement) -> dict[str, Any]:
 def measurement_from_json(body: dict[str, Any], where: str) -> Measurement:
     """Return the measurement that `measurement_to_json` wrote; raise InputError naming ``where`` if it is not one."""
     try:
-        return Measurement(Measure.parse(body["measure"], where), body["values"], body["provenance"])
+        return Measurement(parse_measure(body["measure"], where), body["values"], body["provenance"])
     except KeyError as error:
         raise InputError(f"{where} does not hold a measurement (no {error}); remove it") from error
 

@@ -14,6 +14,7 @@ from hessnb import data, models
 from hessnb.experiments.grid import artefact, load_profile
 from hessnb.experiments.record import recorded
 from hessnb.experiments.run import Outcome
+from hessnb.experiments.spec import PowerIteration, Spectrum
 from hessnb.paper.published import published
 
 NOT_MEASURED = "not measured yet"
@@ -139,6 +140,29 @@ def table7_record(*, name: str = "tab-7-record") -> Table:
     )
 
 
+def stopping(outcome: Outcome, *, name: str, caption: str) -> Table:
+    """Return the eigenvalues of one network by power iteration and by Lanczos iteration, with residuals and products."""
+    power = next(m for measure, m in outcome.measurements.items() if isinstance(measure, PowerIteration)).values
+    certified = next(m for measure, m in outcome.measurements.items() if isinstance(measure, Spectrum)).values
+    rows = []
+    for i, value in enumerate(power["eigenvalues"]):
+        exact = certified["eigenvalues"][i]
+        rows.append(
+            (
+                f"λ{i + 1}".translate(_SUBSCRIPTS),
+                f"{value:.5g}",
+                f"{power['residuals'][i]:.0e}",
+                f"{exact:.5g}",
+                f"{certified['residuals'][i]:.0e}",
+                f"{abs(value - exact) / abs(exact):.0e}",
+            )
+        )
+    pairs = f"{len(power['eigenvalues'])} pairs", f"{len(certified['eigenvalues'])} pairs"
+    rows.append(("Products", str(power["n_matvecs"]), pairs[0], str(certified["n_matvecs"]), pairs[1], ""))
+    header = ("", "Power iteration", "Residual", "Lanczos", "Residual", "Error of the first")
+    return Table(name, caption, header, tuple(rows))
+
+
 def provenance(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
     """Return where the numbers of a table come from: one row a run, with its key, machine, date and time."""
     rows = []
@@ -162,6 +186,8 @@ def provenance(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table
     header = ("Run", "Key", "Ended", "Machine", "Code", "Date", "Time")
     return Table(name, caption, header, tuple(rows) or ((NOT_MEASURED, *[""] * 6),))
 
+
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 _LAYERS = {
     "M1": "5 × 5, 20 – max-pool 2 – 5 × 5, 50 – max-pool 2 – 500 – 10",
