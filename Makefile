@@ -13,7 +13,7 @@ help:
 	@echo "make lab     the notebooks in Jupyter"
 	@echo "make check   formatting, lint, types, notebook pairs; half a minute"
 	@echo "make format  put formatting, lint and notebook pairs right where a machine can"
-	@echo "make bench   speed against peers, as ratios in one run; needs MNIST (hessnb data fetch mnist)"
+	@echo "make bench   speed against peers, as ratios in one run; hours; needs MNIST and CIFAR-10 (hessnb data fetch)"
 	@echo "make clean   remove what was built; keeps .venv and the results in the store"
 	@echo "The first target also makes $(VENV), in 2 to 5 minutes."
 
@@ -51,7 +51,9 @@ format: env
 	$(BIN)/hessnb notebooks sync
 
 bench: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python tests/benchmarks/training_speed.py
+	$(BIN)/python tests/benchmarks/curvature_speed.py --publish book/record/benchmarks.json
 
 clean:
 	rm -rf book/_build build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -28,11 +28,10 @@ import torch
 from filelock import FileLock, Timeout
 
 import hessnb
-from hessnb import notebooks
+from hessnb import notebooks, pages
 from hessnb.errors import InputError, RunFailed
-from hessnb.experiments.grid import ARTEFACTS, load_profile
+from hessnb.experiments.grid import load_profile
 from hessnb.experiments.provenance import device_name
-from hessnb.experiments.record import recorded
 from hessnb.experiments.store import store_root, write_whole
 
 Say = Callable[[str], None]
@@ -249,43 +248,8 @@ def _stage(root: Path, executed: list[Path], site: Path) -> None:
         told.append((path.stem, notebook.metadata))
     generated = site / "book" / "_generated"
     generated.mkdir()
-    (generated / "chapters.md").write_text(_chapters_table(told))
-    (generated / "state.md").write_text(_state_table())
-
-
-def _chapters_table(told: list[tuple[str, nbformat.NotebookNode]]) -> str:
-    """Return when, where and how long each chapter ran, as a Markdown table."""
-    lines = ["| Chapter | Profile | Ran for | On | Machine | Code |", "| :--- | :--- | ---: | :--- | :--- | :--- |"]
-    for stem, metadata in told:
-        ours, papermill = metadata.get("hessnb", {}), metadata.get("papermill", {})
-        parameters = papermill.get("parameters", {})
-        seconds = papermill.get("duration")
-        cells = (
-            f"{{doc}}`/notebooks/{stem}`",
-            str(parameters.get("profile", "as in the notebook")),
-            "not recorded" if seconds is None else f"{seconds:.0f} s",
-            str(papermill.get("start_time", "not recorded"))[:10],
-            str(ours.get("machine", "not recorded")),
-            f"Python {ours['python']}, torch {ours['torch']}" if ours else "not recorded",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _state_table() -> str:
-    """Return how much of each artefact the record holds at the paper's scale, as a Markdown table."""
-    profile = load_profile("paper")
-    lines = ["| Artefact | What it shows | Measured at the paper's scale |", "| :--- | :--- | :--- |"]
-    for name, artefact in ARTEFACTS.items():
-        planned = len(artefact.tasks(profile, 1))
-        found = recorded(name)
-        complete: dict[int, int] = {}
-        for outcome in found:
-            seed = outcome.task.spec.recipe.seed
-            complete[seed] = complete.get(seed, 0) + outcome.complete
-        state = "; ".join(f"seed {seed}: {n} of {planned} networks" for seed, n in sorted(complete.items()) if n)
-        lines.append(f"| {name} | {artefact.title} | {state or 'not measured yet'} |")
-    return "\n".join(lines) + "\n"
+    for name, text in pages.generated(told, root / "book" / "record").items():
+        (generated / name).write_text(text)
 
 
 # -- digests -------------------------------------------------------------------------------------------------------

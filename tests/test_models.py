@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hessnb.errors import InputError
-from hessnb.models import INPUT_SHAPES, MODELS, build, eval_mode, parameter_count
+from hessnb.models import INPUT_SHAPES, MODELS, build, eval_mode, layers, parameter_count
 
 Untouched = Callable[..., AbstractContextManager[None]]
 
@@ -194,3 +194,17 @@ def test_eval_mode_gives_each_module_its_own_mode_back(error: Exception | None, 
             assert caught is error
     assert model.training
     assert not frozen[0].training
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_name_every_module_with_weights_of_its_own(name: str) -> None:
+    network = build(name, width=0.1)
+    own = {path for path, module in network.named_modules() if list(module.parameters(recurse=False))}
+    named = layers(name)
+    assert set(named) == own
+    assert len(set(named.values())) == len(named)
+
+
+def test_layers_of_m1_are_readable() -> None:
+    expected = {"0": "convolution 1", "3": "convolution 2", "7": "fully connected 1", "9": "fully connected 2"}
+    assert layers("M1") == expected

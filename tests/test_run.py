@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hessnb import training
-from hessnb.curvature import HessianOperator
+from hessnb import models, training
+from hessnb.curvature import EigenResult, HessianOperator, Progress
 from hessnb.data import Splits
 from hessnb.errors import InputError, RunFailed
 from hessnb.experiments import grid, record, run, status
-from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec, Spectrum
+from hessnb.experiments.spec import DataSpec, ModelSpec, PowerIteration, RunSpec, Spectrum
 from hessnb.experiments.store import Store
 from hessnb.paper.published import published as published_table
-from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, provenance, table7, table7_record
+from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, provenance, stopping, table7, table7_record
 from hessnb.training import Recipe
 
 
@@ -70,6 +72,64 @@ def test_recorded_numbers_are_those_of_the_network(smoke: Store) -> None:
         assert float(v @ operator.matvec(v)) == pytest.approx(top[0], rel=2e-3)
         assert max(found.values["residuals"]) <= measure.tol
         assert found.values["n_samples"] == len(split)
+
+
+def test_blocks_and_power_iteration_are_measured_on_the_same_networks(smoke: Store) -> None:
+    profile = grid.load_profile("smoke")
+    plan = grid.plan([grid.artefact(name) for name in ("table7", "layers", "stopping")], profile)
+    assert {task.spec for task in plan} == {task.spec for task in tasks()}
+    outcomes = run.compute(smoke, plan)
+    for outcome in outcomes:
+        whole = outcome.eigenvalues("train")[0]
+        blocks = [outcome.eigenvalues("train", layer) for layer in models.layers("M1")]
+        assert [len(block) for block in blocks] == [5, 5, 5, 5]
+        # By Cauchy's interlacing theorem; the largest in magnitude is positive here.
+        assert all(block[0] <= whole * (1 + 1e-3) for block in blocks)
+    measured = next(o for o in outcomes if any(isinstance(m, PowerIteration) for m in o.measurements))
+    table = stopping(measured, name="tab", caption="both")
+    assert [row[0] for row in table.rows] == ["λ₁", "λ₂", "λ₃", "λ₄", "λ₅", "Products"]
+    for i, row in enumerate(table.rows[:-1]):
+        assert float(row[3]) == pytest.approx(measured.eigenvalues("train")[i], rel=1e-4)
+        assert float(row[1]) == pytest.approx(float(row[3]), rel=0.05)
+        assert float(row[2]) > float(row[4])
+
+
+def test_interrupted_spectrum_goes_on_from_what_was_kept_and_ends_in_the_same_numbers(
+    smoke: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks()[0]
+    measure = Spectrum(split="train", k=4, tol=1e-3)
+    whole = run.measure_run(smoke, task.spec, measure)
+    store = Store(tmp_path / "store")
+    run.train_run(store, task.spec)
+    solve = partial(run.lanczos, save_seconds=0.0)
+
+    def until(limit: int) -> Callable[..., EigenResult]:
+        def interrupted(*args: Any, progress: Callable[[Progress], None], **kwargs: Any) -> EigenResult:
+            def stop(told: Progress) -> None:
+                progress(told)
+                if told.n_matvecs == limit:
+                    raise KeyboardInterrupt
+
+            return solve(*args, progress=stop, **kwargs)
+
+        return interrupted
+
+    products: list[int] = []
+    multiply = HessianOperator.matvec
+    monkeypatch.setattr(HessianOperator, "matvec", lambda self, v: products.append(1) or multiply(self, v))
+    for limit in (6, 9):
+        monkeypatch.setattr(run, "lanczos", until(limit))
+        with pytest.raises(KeyboardInterrupt):
+            run.measure_run(store, task.spec, measure)
+        assert store.partial(task.spec, measure) is not None
+        assert store.check() == []
+    monkeypatch.setattr(run, "lanczos", solve)
+    resumed = run.measure_run(store, task.spec, measure)
+    assert resumed.values == whole.values
+    assert len(products) <= whole.values["n_matvecs"] + 2  # one for each interruption
+    assert store.partial(task.spec, measure) is None
+    assert not list(store.root.rglob("*.partial.*"))
 
 
 def test_diverged_training_is_recorded_as_failed_and_the_next_one_goes_on(tmp_path: Path) -> None:

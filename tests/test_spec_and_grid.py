@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from hessnb.errors import InputError
 from hessnb.experiments import grid
-from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec, Spectrum
+from hessnb.experiments.spec import DataSpec, ModelSpec, PowerIteration, RunSpec, Spectrum, parse_measure
 from hessnb.training import Recipe
 
 RECIPE = Recipe(batch_size=64, lr=0.01, momentum=0.9, max_epochs=10, seed=0, loss_target=0.001)
@@ -129,3 +130,27 @@ def test_unknown_artefact_lists_what_there_is() -> None:
 def test_seeds_must_be_positive() -> None:
     with pytest.raises(InputError, match="seeds = 0"):
         grid.artefact("fig1").tasks(grid.load_profile("smoke"), 0)
+
+
+def test_measures_are_told_apart_by_their_kind_and_a_new_field_changes_no_key() -> None:
+    whole = Spectrum(split="train", k=20, tol=1e-4)
+    block = Spectrum(split="train", k=20, tol=1e-4, parameters="3")
+    power = PowerIteration(split="train", k=20, tol=1e-4)
+    assert whole.canonical() == '{"k":20,"kind":"spectrum","split":"train","tol":0.0001}'
+    assert len({whole.key, block.key, power.key}) == 3
+    assert len({whole.slug, block.slug, power.slug}) == 3
+    for measure in (whole, block, power):
+        assert parse_measure(json.loads(measure.canonical()), "here") == measure
+
+
+@pytest.mark.parametrize("content", [{"kind": "guess"}, {}, "spectrum", {"kind": "spectrum", "k": 0}])
+def test_unknown_or_wrong_measure_names_where_it_was_found(content: object) -> None:
+    with pytest.raises(InputError, match="this file"):
+        parse_measure(content, "this file")
+
+
+def test_layers_artefact_measures_each_layer_of_the_smallest_and_largest_batch() -> None:
+    profile = grid.load_profile("quick")
+    found = grid.artefact("layers").tasks(profile, 1)
+    assert [task.spec.recipe.batch_size for task in found] == [16, 256]
+    assert [m.parameters for m in found[0].measures if isinstance(m, Spectrum)] == ["0", "3", "7", "9"]

@@ -141,7 +141,7 @@ def table7_record(*, name: str = "tab-7-record") -> Table:
 
 
 def stopping(outcome: Outcome, *, name: str, caption: str) -> Table:
-    """Return the eigenvalues of one network by power iteration and by Lanczos iteration, with residuals and products."""
+    """Return the eigenvalues of a network by power and by Lanczos iteration, with residuals and products."""
     power = next(m for measure, m in outcome.measurements.items() if isinstance(measure, PowerIteration)).values
     certified = next(m for measure, m in outcome.measurements.items() if isinstance(measure, Spectrum)).values
     rows = []

@@ -100,13 +100,14 @@ def top(
 ) -> Row:
     """Compare the top k with the peer's first attempt, or with its first whose residuals are as small as asked."""
     batches = digits(chosen)
-    seconds, solved = alternate(1, {"ours": partial(ours, batches, k)})
-    (we,) = peers.judge(network(), batches, solved["ours"])
+    mine: Solver = partial(ours, batches, k)
+    seconds, solved = alternate(1, {"ours": mine})
+    we = peers.judge(network(), batches, solved["ours"])
     tried: list[str] = []
     for attempt in attempts:
         their_seconds, their_solved = alternate(1, {"peer": attempt})
         seconds, solved = seconds | their_seconds, solved | their_solved
-        (they,) = peers.judge(network(), batches, solved["peer"])
+        they = peers.judge(network(), batches, solved["peer"])
         finished = solved["peer"].finished
         reached = finished and bool(they.residuals.max() <= max(TOL, float(we.residuals.max())))
         cost = f"{solved['peer'].products} products, {seconds['peer'][0]:.3g} s"
@@ -115,7 +116,7 @@ def top(
         if reached or not finished or not equal:
             break
     if finished and (reached or not equal):
-        more, _ = alternate(chosen.rounds - 1, {"ours": partial(ours, batches, k), "peer": attempt})
+        more, _ = alternate(chosen.rounds - 1, {"ours": mine, "peer": attempt})
         seconds = {who: seconds[who] + more[who] for who in seconds}
     tried.append(f"ours: {solved['ours'].products} products, residual {we.residuals.max():.1e}")
     if len(they.eigenvalues) == k:

@@ -265,27 +265,25 @@ class Judged:
     residuals: Tensor
 
 
-def judge(model: nn.Module, batches: Batches, *solutions: Solution) -> list[Judged]:
-    """Return |Hv - lambda v| / |lambda| of each solution, v of length 1, with the exact Hessian in float64.
+def judge(model: nn.Module, batches: Batches, solution: Solution) -> Judged:
+    """Return |Hv - lambda v| / |lambda|, v scaled to length 1, with the exact Hessian in float64.
 
     Where a solver had no time to say an eigenvalue, the vector's Rayleigh quotient is taken for it.
     """
     model = copy.deepcopy(model).double()
     parameters = list(model.parameters())
     n_samples = sum(len(y) for _, y in batches)
-    vectors = F.normalize(torch.cat([s.eigenvectors.double() for s in solutions]), eps=0.0)
+    vectors = F.normalize(solution.eigenvectors.double(), eps=0.0)
     products = torch.zeros_like(vectors)
     for x, y in batches:
         loss = F.cross_entropy(model(x.double()), y, reduction="sum") / n_samples
         gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters, create_graph=True)])
         for product, vector in zip(products, vectors, strict=True):
             product += flat(torch.autograd.grad(gradient, parameters, vector, retain_graph=True))
-    values = torch.cat([s.eigenvalues for s in solutions])
+    values = solution.eigenvalues
     values = torch.where(values.isfinite(), values, (vectors * products).sum(1))
     residuals = torch.linalg.vector_norm(products - values[:, None] * vectors, dim=1) / values.abs()
-    sizes = [len(s.eigenvectors) for s in solutions]
-    judged = zip(values.split(sizes), residuals.split(sizes), strict=True)
-    return [Judged(value.sort().values, residual) for value, residual in judged]
+    return Judged(values.sort().values, residuals)
 
 
 def input_eigenvalues_float64(model: nn.Module, x: Tensor) -> Tensor:

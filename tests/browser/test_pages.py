@@ -27,11 +27,12 @@ PAGES = [
     "notebooks/02_saddle_free.html",
     "notebooks/03_hessian_spectrum.html",
     "book/silent.html",
+    "book/speed.html",
     "book/provenance.html",
     "book/bibliography.html",
 ]
-WITH_MATHEMATICS = {page for page in PAGES if page.startswith("notebooks/") or page == "book/silent.html"}
-FIGURES = {"01": 1, "02": 2, "03": 3}
+WITH_MATHEMATICS = {page for page in PAGES if page.startswith("notebooks/")} | {"book/silent.html", "book/speed.html"}
+FIGURES = {"01": 1, "02": 3, "03": 4}
 WIDTHS = {"phone": 390, "desk": 1280}
 
 
