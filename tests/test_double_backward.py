@@ -127,6 +127,28 @@ def test_convolutions_of_any_geometry_have_pytorchs_derivatives(convolution: Con
 def test_sizes_are_numbers_lists_or_tuples_as_pytorch_takes_them(arguments: dict[str, Any]) -> None:
     convolution = Convolution((2, 2, 7, 6), (3, 2, 3, 2), arguments=arguments)
     assert_derivatives_agree(convolution, *convolution.tensors())
+    with cheap_double_backward():
+        assert is_cheap(convolution(*convolution.tensors()))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(2, 2, 3), (2, 2, 6)),
+        (nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), (2, 2, 6, 6)),
+        (nn.Conv3d(2, 2, 2, bias=False), (2, 2, 3, 3, 3)),
+        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), (2, 2, 6, 6)),
+    ],
+    ids=["1-D", "2-D", "3-D", "circular"],
+)
+def test_modules_use_the_replacement(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    with cheap_double_backward():
+        assert is_cheap(layer.double()(normal(*shape)))
+    names = [name for name, _ in layer.named_parameters()]
+    assert_derivatives_agree(
+        lambda x, *values: torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x.sin(),)),
+        *variables(normal(*shape), *layer.parameters()),
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from networks import NETWORKS, LossFunction, batches, dense_ggn, dense_hessian, network, samples
 from scipy.sparse.linalg import aslinearoperator, cg, eigsh
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hessnb.curvature import GGNOperator, HessianOperator, input_hessian, lanczos
@@ -42,6 +43,7 @@ def mean_output(outputs: Tensor, y: Tensor) -> Tensor:
     return outputs.mean()
 
 
+X, Y = samples()
 LOSSES: dict[str, LossFunction] = {"cross-entropy": F.cross_entropy, "squared": squared}
 
 
@@ -159,6 +161,40 @@ def test_a_block_product_is_the_single_products_and_counts_each_column(operator:
     assert H.n_matvecs == 13
     H.dense()
     assert H.n_matvecs == 13 + 72
+
+
+class Checkpointed(nn.Module):
+    """Makes part of its graph anew in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = self.layers[:4], self.layers[4:]  # type: ignore[index]
+        result: Tensor = last(checkpoint(first, x, use_reentrant=False))
+        return result
+
+
+class Mapping(nn.Module):
+    """Evaluates one sample at a time under vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.func.vmap(lambda sample: self.layers(sample[None])[0])(x)
+        return result
+
+
+@pytest.mark.parametrize("make", [Checkpointed, Mapping])
+@pytest.mark.parametrize("memory", [0, 10**7])
+def test_models_may_use_checkpoints_and_vmap(make: Callable[[], nn.Module], memory: int) -> None:
+    v = normal(100)
+    for name, operator in OPERATORS.items():
+        H = operator(make(), F.cross_entropy, batches(X, Y, 8), graph_memory=memory)
+        assert_near(H.matvec(v), truth(name, "conv") @ v)
 
 
 def test_vectors_may_have_any_strides_and_may_need_gradients() -> None:
@@ -374,6 +410,7 @@ def test_scipy_view_of_a_float32_model_is_in_float64() -> None:
 # -- against published packages -------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["conv", "smooth", "residual", "norm"])
 @pytest.mark.parametrize(("operator", "peer"), [("Hessian", "HessianLinearOperator"), ("GGN", "GGNLinearOperator")])
 def test_products_equal_those_of_curvlinops(operator: str, peer: str, kind: str) -> None:
@@ -573,14 +610,9 @@ def test_a_loader_that_shuffles_is_taken_because_the_mean_does_not_depend_on_the
     assert_near(single.matvec(v), found, 1e-5)
 
 
-def test_a_shuffled_loader_whose_mean_loss_is_nearly_zero_is_taken() -> None:
-    x, y = samples()
-    level = mean_output(network("linear").eval()(x), y).item()
-    H = HessianOperator(
-        network("linear"), lambda s, y: F.cross_entropy(s, y) - F.cross_entropy(s, y).detach(), [(x, y)]
-    )
-    assert H.n_samples == 23
-    H = HessianOperator(network("linear"), lambda s, y: (s - level).mean(), loader(x, y))
+def test_a_shuffled_loader_whose_mean_loss_is_zero_up_to_rounding_is_taken() -> None:
+    level = mean_output(network("linear").eval()(X), Y).item()
+    H = HessianOperator(network("linear"), lambda s, y: (s - level).mean(), loader(X, Y))
     assert not H.matvec(normal(68)).any()
 
 
@@ -747,9 +779,6 @@ def weighted(outputs: Tensor, y: Tensor) -> Tensor:
 
 def without_class_3(outputs: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(outputs, y, ignore_index=3)
-
-
-X, Y = samples()
 
 
 def inputs(value: float, sample: int) -> tuple[Tensor, Tensor]:
@@ -944,6 +973,16 @@ def test_batches_that_change_between_passes_are_refused(make: Callable[[], Batch
             f"the batches change between passes ({cause}",
             "pass list(batches) to fix one draw",
         )
+
+
+def test_a_change_of_the_batches_is_found_even_if_the_loss_does_not_feel_it() -> None:
+    model = network()
+    nn.init.zeros_(model.get_parameter("5.weight"))  # the outputs are the last bias, whatever the inputs
+    refused(
+        lambda: HessianOperator(model, F.cross_entropy, DataLoader(Draws(), batch_size=5)),
+        "the batches change between passes",
+        "pass list(batches) to fix one draw",
+    )
 
 
 def test_other_batches_with_the_same_samples_and_drop_last_without_shuffle_are_taken() -> None:

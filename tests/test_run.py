@@ -7,15 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from hessnb import models, training
-from hessnb.curvature import EigenResult, HessianOperator, Progress
+from hessnb.curvature import EigenResult, HessianOperator, Progress, lanczos
 from hessnb.data import Splits
 from hessnb.errors import InputError, RunFailed
 from hessnb.experiments import grid, record, run, status
@@ -102,22 +101,23 @@ def test_interrupted_spectrum_goes_on_from_what_was_kept_and_ends_in_the_same_nu
     whole = run.measure_run(smoke, task.spec, measure)
     store = Store(tmp_path / "store")
     run.train_run(store, task.spec)
-    solve = partial(run.lanczos, save_seconds=0.0)
+    solve = partial(lanczos, save_seconds=0.0)
 
     def until(limit: int) -> Callable[..., EigenResult]:
-        def interrupted(*args: Any, progress: Callable[[Progress], None], **kwargs: Any) -> EigenResult:
-            def stop(told: Progress) -> None:
-                progress(told)
-                if told.n_matvecs == limit:
-                    raise KeyboardInterrupt
+        def stop(told: Progress) -> None:
+            if told.n_matvecs == limit:
+                raise KeyboardInterrupt
 
-            return solve(*args, progress=stop, **kwargs)
-
-        return interrupted
+        return lambda *args, **kwargs: solve(*args, **(kwargs | {"progress": stop}))
 
     products: list[int] = []
     multiply = HessianOperator.matvec
-    monkeypatch.setattr(HessianOperator, "matvec", lambda self, v: products.append(1) or multiply(self, v))
+
+    def counted(operator: HessianOperator, v: Tensor) -> Tensor:
+        products.append(1)
+        return multiply(operator, v)
+
+    monkeypatch.setattr(HessianOperator, "matvec", counted)
     for limit in (6, 9):
         monkeypatch.setattr(run, "lanczos", until(limit))
         with pytest.raises(KeyboardInterrupt):
