@@ -57,8 +57,9 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
         nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(), nn.Linear(8, 4),
     ],
     "same": lambda: [
-        nn.Conv2d(1, 2, (4, 3), padding="same", dilation=(2, 1)), nn.Softplus(), nn.Conv2d(2, 2, 3, padding="same", dilation=2),
-        nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8, 4),
+        nn.Conv2d(1, 2, (4, 3), padding="same", dilation=(2, 1)), nn.Softplus(),
+        nn.Conv2d(2, 2, 3, padding="same", dilation=2), nn.ReLU(),
+        nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8, 4),
     ],
     "norm": lambda: [
         nn.Conv2d(1, 2, 3, stride=2, bias=False), nn.BatchNorm2d(2, affine=False), nn.ReLU(),
@@ -124,7 +125,7 @@ def dense_ggn(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFunction = F.
     outputs = _outputs_of(model, x)
     theta = _flat(model)
     J = torch.func.jacrev(outputs)(theta).flatten(0, -2)
-    A = torch.func.hessian(lambda s: loss_fn(s, y))(outputs(theta)).view(len(J), len(J))
+    A = torch.func.jacrev(torch.func.jacrev(lambda s: loss_fn(s, y)))(outputs(theta)).view(len(J), len(J))
     result: Tensor = J.T @ A @ J
     return result
 

@@ -443,7 +443,7 @@ def test_other_functions_are_pytorchs() -> None:
 CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "conv1d": lambda x, w: torch.conv1d(input=x[:, :, 0], weight=w[:, :, 0], padding=1),
     "conv2d": lambda x, w: F.conv2d(input=x, weight=w, bias=None, stride=2),
-    "conv3d": lambda x, w: F.conv3d(weight=w[None].mT[None, 0], input=x[:, None, :2]),
+    "conv3d": lambda x, w: F.conv3d(weight=w[:, None], input=x[:, None]),
     "relu": lambda x, w: F.relu(input=x),
     "torch.relu": lambda x, w: torch.relu(input=x),
     "max_pool2d": lambda x, w: F.max_pool2d(input=x, kernel_size=2),

@@ -84,29 +84,37 @@ class _MaxPool(Function):
     def forward(ctx: Any, x: Tensor, window: tuple[Any, ...]) -> Tensor:
         out, indices = _max_pool(x, *window)
         ctx.save_for_backward(indices)
-        ctx.shape, ctx.window = x.shape, window
+        ctx.like, ctx.window = (x.shape, x.stride()), window
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
-        return _apply(_Unpool, grad, indices, ctx.shape, ctx.window), None
+        return _apply(_Unpool, grad, indices, ctx.like, ctx.window), None
 
 
 class _Unpool(Function):
     """Put each entry where the maximum of its window was; its derivative takes the entries from there again."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, indices: Tensor, shape: torch.Size, window: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, indices: Tensor, like: tuple[Any, Any], window: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(indices)
-        only_its_shape_matters = grad.new_empty(1).expand(shape)
-        result: Tensor = _max_pool_backward(grad, only_its_shape_matters, *window, indices)
+        only_its_shape_and_strides_matter = grad.new_empty_strided(*like)
+        result: Tensor = _max_pool_backward(grad, only_its_shape_and_strides_matter, *window, indices)
         return result
 
     @staticmethod
     def backward(ctx: Any, along: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
+        if _is_channels_last(along) and _is_channels_last(indices):  # as convolutions leave it on a CPU: copy nothing
+            taken = along.permute(0, 2, 3, 1).flatten(1, 2).gather(1, indices.permute(0, 2, 3, 1).flatten(1, 2))
+            n, c, *pixels = indices.shape
+            return taken.view(n, *pixels, c).permute(0, 3, 1, 2), None, None, None
         return along.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices), None, None, None
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _ReLU(Function):

@@ -82,7 +82,7 @@ def lanczos(
     products, from a random direction orthogonal to everything seen, shows that nothing was missed: after it, an
     eigenvalue more than 10 % beyond the k-th, a further copy of a multiple one say, is left out with a probability of
     at most 1 % (Kuczynski and Wozniakowski, 1992, theorem 4.2). Or it ends after ``max_matvecs`` products (default:
-    10 k + 200, at most n); ``converged`` says which. Eigenvalues come in descending order of magnitude (LM), descending
+    10 k + 200); ``converged`` says which. Eigenvalues come in descending order of magnitude (LM), descending
     (LA) or ascending (SA).
 
     When the basis has ``max_basis`` rows of 8 n bytes (default: what half of the free memory holds) it is restarted
@@ -99,7 +99,7 @@ def lanczos(
     _check_request(n, k, tol)
     if which not in ("LM", "LA", "SA"):
         raise unknown("which", which, ["LM", "LA", "SA"])
-    limit = min(n, 10 * k + 200 if max_matvecs is None else max_matvecs)
+    limit = 10 * k + 200 if max_matvecs is None else max_matvecs
     if limit < k:
         raise InputError(f"max_matvecs = {max_matvecs}: {k} eigenvalues need at least {k} products")
     fewest = min(n, k + _FEWEST_SPARE_ROWS)
@@ -114,10 +114,9 @@ def lanczos(
     check = min(_steps_of_check(n), n - k)
     report = _reporter(progress, tol, check)
     saved = time.monotonic()
-    row = krylov.pending[-1]
 
     while True:
-        grew = krylov.expand(row)
+        grew = krylov.expand(krylov.following)
         if len(krylov.basis) + 2 > max_basis:
             width = len(krylov.columns) - krylov.chain
             krylov.compress(max(1, width // 2) if krylov.chain else (k + width) // 2, which, first=krylov.chain)
@@ -132,21 +131,22 @@ def lanczos(
             reach = _beyond(theta[k:], last, which) + norms[k:]
             wrong = torch.cat([wrong, reach > tol * abs(last) + noise * scale])
         complete = len(theta) >= k and not bool(wrong.any())
-        explored = krylov.n_matvecs == n or _nothing_missed(krylov, last, tol, which, exhausted=not grew)
-        if (complete and explored) or krylov.n_matvecs == limit:
+        whole = len(krylov.columns) == n
+        explored = whole or _nothing_missed(krylov, last, tol, which, exhausted=not grew)
+        if (complete and explored) or whole or krylov.n_matvecs >= limit:
             break
         if complete and krylov.chain and grew and not _holds_one_beyond(krylov, last, tol, which):
-            row = krylov.pending[-1]
+            krylov.following = krylov.pending[-1]
         elif complete:
             if len(krylov.basis) + check > max_basis:
                 krylov.compress(k, which)
-            row = krylov.new_chain()
+            krylov.following = krylov.new_chain()
         else:
             if krylov.chain:
                 krylov.end_chain()
                 _, _, defects = krylov.ritz(which)
             wanted = torch.nonzero(wrong).flatten() if len(theta) >= k else slice(None)
-            row = _most_needed(krylov, defects[:, wanted])
+            krylov.following = _most_needed(krylov, defects[:, wanted])
         if save is not None and time.monotonic() - saved > save_seconds:
             save(krylov.state)
             saved = time.monotonic()

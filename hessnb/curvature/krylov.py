@@ -107,7 +107,7 @@ class KrylovState:
 
     ``basis`` (rows, n) and ``projection`` (rows, columns); ``parked`` and ``parked_projection`` likewise; ``columns``:
     the row that each column is the product of; ``counters``: the first column of the present chain, the products made
-    before it, and all products; ``generator``: the state of the random generator.
+    before it, all products, and the row to be multiplied next; ``generator``: the state of the random generator.
     """
 
     basis: Tensor
@@ -137,7 +137,7 @@ class Krylov:
         self._parked_projection = torch.zeros(0, 0, dtype=torch.float64)
         self.columns: list[int] = []
         self.chain = self.before_chain = self.n_matvecs = 0
-        self.new_row()
+        self.following = self.new_row()  # the row that is to be multiplied next
 
     @property
     def pending(self) -> list[int]:
@@ -245,7 +245,7 @@ class Krylov:
             self._parked.cpu(),
             self._parked_projection,
             torch.tensor(self.columns, dtype=torch.int64),
-            torch.tensor([self.chain, self.before_chain, self.n_matvecs]),
+            torch.tensor([self.chain, self.before_chain, self.n_matvecs, self.following]),
             self.generator.get_state(),
         )
 
@@ -260,7 +260,7 @@ class Krylov:
             krylov.basis.append(row)
         krylov.projection, krylov.columns = state.projection.clone(), state.columns.tolist()
         krylov._parked, krylov._parked_projection = state.parked.to(H.device), state.parked_projection.clone()
-        krylov.chain, krylov.before_chain, krylov.n_matvecs = state.counters.tolist()
+        krylov.chain, krylov.before_chain, krylov.n_matvecs, krylov.following = state.counters.tolist()
         generator.set_state(state.generator)
         return krylov
 

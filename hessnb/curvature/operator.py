@@ -129,7 +129,8 @@ class CurvatureOperator(ABC):
                 linearisation = batch.kept or self._linearise(batch.x, batch.y)
                 for j, v in enumerate(vectors):
                     again = batch.kept is not None or j + 1 < len(vectors)
-                    total[j].add_(_flat(linearisation(v, again)), alpha=batch.weight)
+                    for sum_of_part, part in zip(self._split(total[j]), linearisation(v, again), strict=True):
+                        sum_of_part.add_(part, alpha=batch.weight)
         self.n_matvecs += len(vectors)
         return total.T
 
@@ -199,6 +200,7 @@ class CurvatureOperator(ABC):
         return held_bytes(lambda: self._linearise(batch.x, batch.y), own)
 
     def _split(self, v: Tensor) -> list[Tensor]:
+        """Return a vector's parts in the parameters' shapes; views of it where it is contiguous."""
         parts = v.contiguous().split([p.numel() for p in self._parameters])
         return [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
 
@@ -284,7 +286,3 @@ def _select(pairs: list[tuple[Tensor, Tensor]], samples: Tensor | Sequence[int])
         (torch.stack([x for x, _ in part]), torch.stack([y for _, y in part]))
         for part in (picked[i : i + size] for i in range(0, len(picked), size))
     ]
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors]).to(torch.float64)

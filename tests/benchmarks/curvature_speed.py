@@ -17,6 +17,7 @@ curvlinops', with the determinism check that it makes by default). What a solver
 residuals of both are measured with a double backward pass in float64 that uses neither package. "As small as asked" is
 1e-4, or what hessnb attains where that is more; the peer's settings are tried from the cheapest on and only the one
 that will do counts. hessnb's products include those that check for missed eigenvalues; no peer makes such a check.
+Seconds are those of the processor, summed over threads, so that other work on the machine does not count.
 Batches are of equal size, since one peer averages them without weights; 250 digits suit all of them (see `product`).
 Nothing is asserted. Needs MNIST, for `memory` CIFAR-10 (HESSNB_DATA), and the peers: pip install -e '.[bench]'.
 """
@@ -329,6 +330,7 @@ def main() -> None:
         parser.error(f"--digits must be a multiple of {max(PRODUCT_BATCHES)}: batches are of equal size")
     threadpool_limits(chosen.threads)
     torch.set_num_threads(chosen.threads)
+    peers.check(chosen.only)
     rows: list[Row] = []
     for name in chosen.only:
         started = time.perf_counter()

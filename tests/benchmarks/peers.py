@@ -63,6 +63,14 @@ def absent(name: str, error: ImportError) -> SystemExit:
     return SystemExit(2)
 
 
+def check(rows: Iterable[str]) -> None:
+    """Exit with code 2 unless all that the rows of these names compare with is there."""
+    needs = {"pyhessian": ["pyhessian"], "pyhessian-equal": ["pyhessian"], "curvlinops": ["curvlinops", "scipy"]}
+    needs |= {"eigenthings": ["hessian_eigenthings"], "product": ["pyhessian", "curvlinops", "hessian_eigenthings"]}
+    for module in {module for row in rows for module in needs.get(row, [])}:
+        require(module)
+
+
 def version(distribution: str) -> str:
     try:
         return f"{distribution} {importlib.metadata.version(distribution)}"
@@ -236,15 +244,15 @@ def _input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Ten
 
 
 def alternate(rounds: int, subjects: Mapping[str, Callable[[], T]]) -> tuple[dict[str, list[float]], dict[str, T]]:
-    """Run the subjects in turns; return the seconds of each, and what each returned last."""
+    """Run the subjects in turns; return the processor seconds of each, and what each returned last."""
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     returned: dict[str, T] = {}
     for _ in range(rounds):
         for name, run in subjects.items():
             gc.collect()
-            started = time.perf_counter()
+            started = time.process_time()
             returned[name] = run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     return seconds, returned
 
 
