@@ -2,8 +2,8 @@
 
 At each point the network, in eval mode, is evaluated over one or several whole data sets: ``loss_fn(model(x), y)`` is
 a batch mean, batches are weighted by their size, sums are taken in float64. Weights are placed in float64 and rounded
-once to the network's precision; its products are those of the precision that PyTorch is set to. The work is done on a
-copy: the model that was given keeps its parameters, buffers, ``.grad`` and modes, and no global random state is used.
+once to the network's precision; TF32 is off. The work is done on a copy: the model that was given keeps its parameters,
+buffers, ``.grad`` and modes, and no global random state is used.
 
 With ``keep`` every finished point is a line of a text file, and a rerun computes only the points that are not in it.
 The first line holds a SHA-256 of all that determines a point: networks, directions, data and their batches, and the
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hessnb.curvature.precision import full_precision
 from hessnb.errors import InputError, unknown
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -224,7 +225,7 @@ def _survey(
         file.prepare()  # before the work: a file that cannot be written must not cost a point
     if progress:
         progress(total - len(missing), total)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         for done, point in enumerate(missing, total - len(missing) + 1):
             move(*point)
             values[point] = _evaluate(network, loss_fn, data)

@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from typing import Literal
+from unittest.mock import patch
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import batches, dense_hessian, network, samples
 from torch import Tensor, nn
 
-from hessnb.curvature import HessianOperator, Progress, lanczos
+from hessnb.curvature import EigenResult, HessianOperator, Progress, lanczos, power_iteration
+from hessnb.curvature.krylov import Basis, KrylovState, SymmetricOperator, Which
 from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.training import Recipe, train
 
 
 class Matrix:
+    """A matrix that multiplies in its own dtype, and gives the product in that of the vector."""
+
     def __init__(self, matrix: Tensor) -> None:
         self.matrix, self.shape, self.device = matrix, (len(matrix), len(matrix)), torch.device("cpu")
+        self.dtype = matrix.dtype
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self.matrix @ v
+        return (self.matrix @ v.to(self.dtype)).to(v.dtype)
+
+
+class Diagonal:
+    def __init__(self, entries: Tensor) -> None:
+        self.entries, self.shape, self.device = entries, (len(entries), len(entries)), torch.device("cpu")
+        self.dtype = entries.dtype
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return (self.entries * v.to(self.dtype)).to(v.dtype)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Counted:
+    """Another operator that counts its products, and is interrupted when it is asked for one more than ``at_most``."""
+
+    def __init__(self, H: SymmetricOperator, at_most: int | None = None) -> None:
+        self._H, self._at_most, self.products = H, at_most, 0
+        self.shape, self.device, self.dtype = H.shape, H.device, getattr(H, "dtype", torch.float64)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        if self.products == self._at_most:
+            raise Interrupted
+        self.products += 1
+        return self._H.matvec(v)
 
 
 def symmetric(eigenvalues: Tensor, seed: int = 0) -> Matrix:
@@ -31,11 +69,55 @@ def symmetric(eigenvalues: Tensor, seed: int = 0) -> Matrix:
     return Matrix(q * eigenvalues @ q.T)
 
 
+KINDS: dict[str, Callable[[Tensor], SymmetricOperator]] = {
+    "diagonal": Diagonal,
+    "dense": symmetric,
+    "diagonal in float32": lambda eigenvalues: Diagonal(eigenvalues.float()),
+    "dense in float32": lambda eigenvalues: Matrix(symmetric(eigenvalues).matrix.float()),
+}
+
 ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
     "LM": lambda e: e[e.abs().argsort(descending=True)],
     "LA": lambda e: e.sort(descending=True).values,
     "SA": lambda e: e.sort().values,
 }
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fresh_residuals(H: SymmetricOperator, found: EigenResult) -> Tensor:
+    products = torch.stack([H.matvec(v) for v in found.eigenvectors])
+    defects = products - found.eigenvalues[:, None] * found.eigenvectors
+    return defects.norm(dim=1) / found.eigenvalues.abs()
+
+
+def assert_orthonormal(rows: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=rows.dtype), rtol=0, atol=tolerance)
+
+
+def fewest_rows(H: SymmetricOperator, k: int) -> int:
+    """Return the smallest ``max_basis`` that lanczos takes for ``k`` eigenvalues."""
+    for rows in range(1, H.shape[0] + 1):
+        with pytest.raises((InputError, Interrupted)) as refusal:
+            lanczos(Counted(H, at_most=0), k, max_basis=rows)
+        if refusal.type is Interrupted:
+            return rows
+    raise AssertionError("no basis is large enough")
+
+
+@contextmanager
+def counted_rows() -> Iterator[list[int]]:
+    """Give a list of how many rows each basis had after each row that was added to it."""
+    append, rows = Basis.append, [0]
+
+    def counting(basis: Basis, v: Tensor) -> None:
+        append(basis, v)
+        rows.append(len(basis))
+
+    with patch.object(Basis, "append", counting):
+        yield rows
 
 
 @settings(deadline=None, max_examples=25)

@@ -174,8 +174,7 @@ class CurvatureOperator(ABC):
             if not unused:
                 return
         raise InputError(
-            f"the loss does not depend on {', '.join(unused)}; name the others: parameters=[...], or freeze nothing "
-            "that the model does not use"
+            f"the loss does not depend on {', '.join(unused)}; restrict the operator to the others: parameters=[...]"
         )
 
     def _keep_graphs(self, budget: int) -> None:

@@ -163,6 +163,19 @@ def stopping(outcome: Outcome, *, name: str, caption: str) -> Table:
     return Table(name, caption, header, tuple(rows))
 
 
+def layer_shares(blocks: Sequence[Outcome], whole: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return the dominant eigenvalue of each layer's block in parts of the whole Hessian's, one row a network."""
+    largest = {o.task.spec: o.eigenvalues("train")[0] for o in whole if o.eigenvalues("train")}
+    names: dict[str, str] = {}
+    rows = []
+    for block in blocks:
+        spec = block.task.spec
+        names = models.layers(spec.model.name, variant=spec.model.variant)
+        shares = [f"{block.eigenvalues('train', layer)[0] / largest[spec]:.0%}" for layer in names]
+        rows.append((str(spec.recipe.batch_size), f"{largest[spec]:.3g}", *shares))
+    return Table(name, caption, ("Batch", "λ₁, whole", *names.values()), tuple(rows))
+
+
 def provenance(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
     """Return where the numbers of a table come from: one row a run, with its key, machine, date and time."""
     rows = []
