@@ -1014,7 +1014,6 @@ def test_a_generator_is_read_once_and_believed() -> None:
     "pairs",
     [
         pytest.param(batches(X[Y.argsort()], Y.sort().values, 3), id="sorted by class"),
-        pytest.param(batches(X, Y, 1), id="one sample each"),
         pytest.param([(X[:1], Y[:1]), (X[1:], Y[1:])], id="first of one sample"),
     ],
 )
@@ -1022,12 +1021,6 @@ def test_weights_of_classes_are_found_even_if_the_first_batch_does_not_show_them
     pairs: list[tuple[Tensor, Tensor]], loss: LossFunction
 ) -> None:
     refused(lambda: HessianOperator(network(), loss, pairs), "not a batch mean", "without class weights")
-
-
-def test_samples_that_depend_on_each_other_are_found_even_if_the_first_batch_does_not_show_it() -> None:
-    pairs = [(X[:1], Y[:1]), (X[1:], Y[1:])]
-    centred = Mapped(lambda x: x - x.mean(0) if len(x) > 1 else x)
-    refused(lambda: HessianOperator(centred, F.cross_entropy, pairs), "depend on the others", "look for")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -36,49 +36,63 @@ def chosen_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str
             f"{', '.join(frozen)}: requires_grad is False; unfreeze with .requires_grad_(), or leave out with "
             "parameters=[the names of the others]"
         )
+    sound_model(model)
+    return every
+
+
+def sound_model(model: nn.Module) -> None:
+    """Raise InputError for parameters of different devices or dtypes, and tensors that are not finite."""
     for what in ("device", "dtype"):
         found = {str(getattr(p, what)) for p in model.parameters()}
         if len(found) > 1:
             raise InputError(f"the parameters have different {what}s ({', '.join(sorted(found))}); use model.to(...)")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in _named(model):
+        _check_differentiable(name, tensor)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{name} of the model holds NaN or infinity: did its training diverge?")
-    return every
+            raise InputError(f"{name} holds NaN or infinity: did its training diverge?")
 
 
-def read_twice(
-    batches: Iterable[tuple[Tensor, Tensor]],
-    mean_loss: Callable[[Pairs], float],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Pairs:
-    """Return the batches as a list; raise InputError if a second pass over them gives other data.
+def read_twice(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Pairs, Pairs | None]:
+    """Return the batches of two passes; None for the second if it is identical, or if an iterator allows only one."""
+    pairs = _pairs(batches)
+    if not pairs:
+        raise InputError("the data set is empty: a Hessian needs at least one sample")
+    if iter(batches) is batches:
+        return pairs, None
+    again = _pairs(batches)
+    same = len(again) == len(pairs) and all(map(_same, pairs, again))
+    return pairs, None if same else again
 
-    Another order is no fault, since the mean over all samples stays; the mean loss tells. An iterator can be read only
-    once and is believed. The global random state is left as it was, although loaders draw from it.
+
+def same_samples(pairs: Pairs, again: Pairs, mean_loss: Callable[[Pairs], tuple[float, float]]) -> None:
+    """Raise InputError unless two passes hold the same samples; in another order is no fault, since means stay.
+
+    Counts, sums of the data, and the mean loss tell.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        pairs = _pairs(batches)
-        if not pairs:
-            raise InputError("the data set is empty: a Hessian needs at least one sample")
-        if iter(batches) is batches:
-            return pairs
-        again = _pairs(batches)
-    if len(again) == len(pairs) and all(map(_same, pairs, again)):
-        return pairs
-    if sum(len(x) for x, _ in again) == sum(len(x) for x, _ in pairs):
-        data(pairs, device, dtype)
-        data(again, device, dtype)
-        first, second = mean_loss(pairs), mean_loss(again)
-        if abs(first - second) <= 1e2 * torch.finfo(dtype).eps * abs(first):
-            return pairs
+    counts = [sum(len(x) for x, _ in part) for part in (pairs, again)]
+    told = f"{counts[0]} samples, then {counts[1]}"
+    same = counts[0] == counts[1]
+    if same:
+        sums = [_sums(part) for part in (pairs, again)]
+        told = "other inputs or labels"
+        same = bool(((sums[0] - sums[1]).abs() <= 1e-9 * sums[0].abs().amax()).all())
+    if same:
+        (first, scale), (second, _) = mean_loss(pairs), mean_loss(again)
         told = f"the mean loss is {first:.6g}, then {second:.6g}"
-    else:
-        told = f"{sum(len(x) for x, _ in pairs)} samples, then {sum(len(x) for x, _ in again)}"
-    raise InputError(
-        f"the batches change between passes ({told}): switch random augmentation and drop_last off, or pass "
-        "list(batches) to fix one draw"
-    )
+        eps = torch.finfo(pairs[0][0].dtype if pairs[0][0].is_floating_point() else torch.float32).eps
+        same = abs(first - second) <= 1e2 * eps * scale
+    if not same:
+        raise InputError(
+            f"the batches change between passes ({told}): switch random augmentation and drop_last off, or pass "
+            "list(batches) to fix one draw"
+        )
+
+
+def _sums(pairs: Pairs) -> Tensor:
+    """Return sums over all samples that do not depend on their order."""
+    terms = [torch.stack([t.double().sum(), t.double().square().sum()]) for pair in pairs for t in pair]
+    xs, ys = terms[::2], terms[1::2]
+    return torch.cat([torch.stack(xs).sum(0), torch.stack(ys).sum(0)])
 
 
 def data(pairs: Pairs, device: torch.device, dtype: torch.dtype) -> None:
@@ -127,21 +141,27 @@ def model_and_loss(
             raise InputError(f"the loss of the first batch is {loss.item()}; look for overflow in the model's outputs")
         if abs(loss - loss_fn(outputs, y)) > 1e3 * eps * abs(loss):
             raise InputError("the loss is random: it differs when it is computed twice from the same outputs")
-        n = len(x)
-        if n == 1:
-            parts = [(torch.cat([outputs, outputs]), torch.cat([y, y]))]
-        else:
-            cut = max(1, n // 3)
-            parts = [(outputs[:cut], y[:cut]), (outputs[cut:], y[cut:])]
-        losses = [(len(s), loss_fn(s, labels)) for s, labels in parts]
-        total = sum(size for size, _ in losses)
-        expected = sum(size * part for size, part in losses) / total
-        scale = sum(size * abs(part) for size, part in losses) / total
-        if abs(loss - expected) > 1e3 * eps * scale + eps:
-            raise InputError(
-                f"the loss is not a batch mean: {loss.item():.6g} over the first batch, {float(expected):.6g} as the "
-                "mean over its parts; use reduction='mean', without class weights or ignored labels"
-            )
+        is_mean(loss_fn, outputs, y, loss)
+
+
+def is_mean(loss_fn: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, y: Tensor, loss: Tensor) -> None:
+    """Raise InputError unless the loss of a batch is the mean of those of its parts."""
+    n = len(outputs)
+    if n == 1:
+        parts = [(torch.cat([outputs, outputs]), torch.cat([y, y]))]
+    else:
+        cut = max(1, n // 3)
+        parts = [(outputs[:cut], y[:cut]), (outputs[cut:], y[cut:])]
+    losses = [(len(s), loss_fn(s, labels)) for s, labels in parts]
+    total = sum(size for size, _ in losses)
+    expected = sum(size * part for size, part in losses) / total
+    scale = sum(size * abs(part) for size, part in losses) / total
+    eps = torch.finfo(outputs.dtype).eps
+    if abs(loss - expected) > 1e3 * eps * scale + eps:
+        raise InputError(
+            f"the loss is not a batch mean: {loss.item():.6g} over a batch, {float(expected):.6g} as the mean over its "
+            "parts; use reduction='mean', without class weights or ignored labels"
+        )
 
 
 def independent_samples(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -161,30 +181,43 @@ def independent_samples(model: nn.Module, forward: Callable[[Tensor], Tensor], x
                 "F.dropout(x) without training=self.training"
             )
         half = len(x) // 2
-        if half and (outputs[:half] - forward(x[:half])).abs().amax() > eps**0.5 * scale:
+        parts = [(outputs[:half], x[:half]), (outputs[half:], x[half:])] if half else []
+        if any((expected - forward(part)).abs().amax() > eps**0.5 * scale for expected, part in parts):
             raise InputError(
                 "the outputs of a sample depend on the others in its batch: look for normalisation by batch statistics"
             )
 
 
-Versions = list[tuple[str, Tensor, int]]
+# Name, tensor, PyTorch's count of its changes in place, and where its data lie; for the model's tensors and the data.
+Noted = tuple[list[tuple[str, Tensor, int, int]], list[tuple[str, Tensor, int, int]]]
 
 
-def versions(model: nn.Module, pairs: Pairs) -> Versions:
-    """Return the tensors that a product depends on with PyTorch's count of their in-place changes."""
-    named = [(f"{name} of the model", t) for name, t in (*model.named_parameters(), *model.named_buffers())]
-    named += [(f"batch {i}", t) for i, pair in enumerate(pairs) for t in pair]
-    for name, tensor in named:
-        if tensor.is_inference():
-            raise InputError(f"{name} was made under torch.inference_mode and cannot be differentiated: clone it")
-    return [(name, tensor, tensor._version) for name, tensor in named]
+def note(model: nn.Module, pairs: Pairs) -> Noted:
+    """Return what `unchanged` compares; raise InputError for tensors that cannot be differentiated."""
+    groups = _named(model), [(f"batch {i}", t) for i, pair in enumerate(pairs) for t in pair]
+    for name, tensor in (*groups[0], *groups[1]):
+        _check_differentiable(name, tensor)
+    first, second = ([(name, t, t._version, t.data_ptr()) for name, t in group] for group in groups)
+    return first, second
 
 
-def unchanged(noted: Versions) -> None:
-    """Raise InputError if one of the tensors was changed in place since `versions` noted it."""
-    for name, tensor, version in noted:
-        if tensor._version != version:
-            raise InputError(f"{name} was changed after the operator was made: make a new operator")
+def unchanged(model: nn.Module, noted: Noted) -> None:
+    """Raise InputError if a tensor of the model or of the data was changed or replaced since `note`."""
+    now = dict(_named(model))
+    for of_model, group in zip((True, False), noted, strict=True):
+        for name, tensor, version, place in group:
+            same = tensor._version == version and tensor.data_ptr() == place
+            if not same or (of_model and now.get(name) is not tensor):
+                raise InputError(f"{name} was changed after the operator was made: make a new operator")
+
+
+def _check_differentiable(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference():
+        raise InputError(f"{name} was made under torch.inference_mode and cannot be differentiated: clone it outside")
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(f"{name} of the model", t) for name, t in (*model.named_parameters(), *model.named_buffers())]
 
 
 def _pairs(batches: Iterable[tuple[Tensor, Tensor]]) -> Pairs:
@@ -201,4 +234,5 @@ def _pairs(batches: Iterable[tuple[Tensor, Tensor]]) -> Pairs:
 
 
 def _same(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> bool:
-    return all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    # Tensors without data are refused later, for their device.
+    return all(a is b or a.is_meta or torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -132,8 +132,11 @@ class _ReLU(Function):
         return result
 
 
+# The arguments have the names that PyTorch gives them, since callers may.
+
+
 def _convolve(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -144,14 +147,14 @@ def _convolve(
     fixed: bool = False,
 ) -> Any:
     dims = weight.ndim - 2
-    if isinstance(padding, str) or x.ndim != weight.ndim:
+    if isinstance(padding, str) or input.ndim != weight.ndim:
         return NotImplemented
     geometry = (_tuple(stride, dims), _tuple(padding, dims), _tuple(dilation, dims), False, (0,) * dims, groups)
-    return _apply(_Convolution, x, weight, bias, geometry, fixed)
+    return _apply(_Convolution, input, weight, bias, geometry, fixed)
 
 
 def _pool(
-    x: Tensor,
+    input: Tensor,
     kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
@@ -162,17 +165,17 @@ def _pool(
     if return_indices:
         return NotImplemented
     sizes = (kernel_size, stride if stride is not None and stride != [] else kernel_size, padding, dilation)
-    return _apply(_MaxPool, x, (*(_tuple(size, 2) for size in sizes), ceil_mode))
+    return _apply(_MaxPool, input, (*(_tuple(size, 2) for size in sizes), ceil_mode))
 
 
-def _relu(x: Tensor, inplace: bool = False) -> Any:
+def _relu(input: Tensor, inplace: bool = False) -> Any:
     if inplace:
         return NotImplemented
-    return _apply(_ReLU, x)
+    return _apply(_ReLU, input)
 
 
 def _batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -186,8 +189,8 @@ def _batch_norm(
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else weight * scale
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    per_channel = (-1, *(1 for _ in range(x.ndim - 2)))
-    return x * scale.view(per_channel) + shift.view(per_channel)
+    per_channel = (-1, *(1 for _ in range(input.ndim - 2)))
+    return input * scale.view(per_channel) + shift.view(per_channel)
 
 
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {

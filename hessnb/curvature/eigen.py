@@ -81,7 +81,8 @@ def lanczos(
     are at most ``tol`` (an eigenvalue that is zero to the operator's precision counts as found) and a second chain of
     products, from a random direction orthogonal to everything seen, shows that nothing was missed: after it, an
     eigenvalue more than 10 % beyond the k-th, a further copy of a multiple one say, is left out with a probability of
-    at most 1 % (Kuczynski and Wozniakowski, 1992, theorem 4.2). Or it ends after ``max_matvecs`` products (default:
+    at most 1 % (Kuczynski and Wozniakowski, 1992, theorem 4.2; a basis so small that this chain is restarted loses the
+    promise). Or it ends after ``max_matvecs`` products (default:
     10 k + 200); ``converged`` says which. Eigenvalues come in descending order of magnitude (LM), descending
     (LA) or ascending (SA).
 
@@ -102,7 +103,8 @@ def lanczos(
     limit = 10 * k + 200 if max_matvecs is None else max_matvecs
     if limit < k:
         raise InputError(f"max_matvecs = {max_matvecs}: {k} eigenvalues need at least {k} products")
-    fewest = min(n, k + _FEWEST_SPARE_ROWS)
+    check = min(_steps_of_check(n), n - k)
+    fewest = min(n, k + max(check, _FEWEST_SPARE_ROWS) + 2)
     if max_basis is None:
         max_basis = max(fewest, available_memory(H.device) // (2 * 8 * n))
     elif max_basis < fewest:
@@ -110,16 +112,24 @@ def lanczos(
     generator = generator or torch.Generator().manual_seed(0)
     krylov = Krylov(H, generator) if state is None else Krylov.resume(H, generator, state)
     # What rounding leaves of an eigenvalue that is zero, relative to the largest.
-    noise = 10 * torch.finfo(getattr(H, "dtype", torch.float64)).eps
-    check = min(_steps_of_check(n), n - k)
+    noise = max(10 * torch.finfo(getattr(H, "dtype", torch.float64)).eps, 1e-13)
+    if max_basis >= n:
+        max_basis = 2 * n + 2  # never full
     report = _reporter(progress, tol, check)
     saved = time.monotonic()
 
+    def make_room(rows: int) -> None:
+        if len(krylov.basis) + rows > max_basis:
+            width = len(krylov.columns)
+            left = max_basis - rows - (len(krylov.basis) - width)
+            krylov.compress(max(k, min((k + width) // 2, left)), which)
+
     while True:
         grew = krylov.expand(krylov.following)
-        if len(krylov.basis) + 2 > max_basis:
-            width = len(krylov.columns) - krylov.chain
-            krylov.compress(max(1, width // 2) if krylov.chain else (k + width) // 2, which, first=krylov.chain)
+        if not krylov.chain:
+            make_room(2)
+        elif len(krylov.basis) + 2 > max_basis:
+            krylov.compress(max(1, (len(krylov.columns) - krylov.chain) // 2), which, first=krylov.chain)
         theta, coordinates, defects = krylov.ritz(which)
         norms, last = torch.linalg.vector_norm(defects, dim=0), float(theta[:k][-1])
         scale = float(krylov.projection.abs().max())
@@ -132,17 +142,23 @@ def lanczos(
             wrong = torch.cat([wrong, reach > tol * abs(last) + noise * scale])
         complete = len(theta) >= k and not bool(wrong.any())
         whole = len(krylov.columns) == n
-        explored = whole or _nothing_missed(krylov, last, tol, which, exhausted=not grew)
+        explored = whole or _nothing_missed(krylov, last, tol * abs(last) + noise * scale, which, exhausted=not grew)
         if (complete and explored) or whole or krylov.n_matvecs >= limit:
             break
-        if complete and krylov.chain and grew and not _holds_one_beyond(krylov, last, tol, which):
+        if (
+            complete
+            and krylov.chain
+            and grew
+            and not _holds_one_beyond(krylov, last, tol * abs(last) + noise * scale, which)
+        ):
             krylov.following = krylov.pending[-1]
         elif complete:
-            if len(krylov.basis) + check > max_basis:
+            if len(krylov.basis) + check + 2 > max_basis:
                 krylov.compress(k, which)
             krylov.following = krylov.new_chain()
         else:
             if krylov.chain:
+                make_room(krylov.n_parked + 1)
                 krylov.end_chain()
                 _, _, defects = krylov.ritz(which)
             wanted = torch.nonzero(wrong).flatten() if len(theta) >= k else slice(None)
@@ -166,7 +182,7 @@ def _most_needed(krylov: Krylov, defects: Tensor) -> int:
 def _holds_one_beyond(krylov: Krylov, last: float, tol: float, which: Which) -> bool:
     """Return whether the present chain has found an eigenvalue before ``last``: then another chain may find more."""
     theta, _, _ = krylov.ritz(which, first=krylov.chain)
-    return bool(_beyond(theta[:1], last, which) > tol * abs(last))
+    return bool(_beyond(theta[:1], last, which) > tol)
 
 
 def _nothing_missed(krylov: Krylov, last: float, tol: float, which: Which, *, exhausted: bool) -> bool:
@@ -180,11 +196,11 @@ def _nothing_missed(krylov: Krylov, last: float, tol: float, which: Which, *, ex
         return False
     theta, _, _ = krylov.ritz(which, first=krylov.chain)
     if exhausted:  # a random start sees every eigenvalue of the complement, once
-        return bool(_beyond(theta[:1], last, which) <= tol * abs(last))
+        return bool(_beyond(theta[:1], last, which) <= tol)
     steps = krylov.n_matvecs - krylov.before_chain
     share = (_exponent(krylov.H.shape[0]) / (2 * steps - 1)) ** 2
     margin = share / (1 - share) * float(theta.max() - theta.min()) if share < 1 else math.inf
-    return bool((_beyond(theta, last, which) + margin <= _MISSED_BEYOND * abs(last)).all())
+    return bool((_beyond(theta, last, which) + margin <= max(tol, _MISSED_BEYOND * abs(last))).all())
 
 
 def _exponent(n: int) -> float:
@@ -264,6 +280,7 @@ def power_iteration(
     vectors = torch.zeros(k, n, dtype=torch.float64, device=H.device)
     values, residuals = torch.zeros(2, k, dtype=torch.float64)
     n_matvecs, converged = 0, True
+    noise = max(10 * torch.finfo(getattr(H, "dtype", torch.float64)).eps, 1e-13)
     for i in range(k):
         v = torch.randn(n, dtype=torch.float64, generator=generator).to(H.device)
         v = _deflate(v, vectors[:i])
@@ -275,13 +292,15 @@ def power_iteration(
             n_matvecs += 1
             value = float(v @ w)
             defect = float(torch.linalg.vector_norm(w - value * v))
+            rest = _deflate(w, vectors[:i])
+            inner = float(torch.linalg.vector_norm(rest - value * v))
             vectors[i], values[i] = v, value
-            residuals[i] = defect / abs(value) if defect else 0.0
-            error = abs(value - before) if criterion == "rayleigh" else defect
+            residuals[i] = defect / abs(value) if value else 0.0
+            error = abs(value - before) if criterion == "rayleigh" else inner
             done = error <= tol * abs(value)
-            before, v = value, _deflate(w, vectors[:i])
-            if not float(torch.linalg.vector_norm(v)) > 1e-13 * float(torch.linalg.vector_norm(w)):
-                done = True  # w vanishes: v is in the null space, and so is all that is left
+            before, v = value, rest
+            if inner + abs(value) <= noise * float(values.abs().max()):
+                done = True  # v is in the null space, and so is all that is left
         converged = converged and done
     return EigenResult(values, vectors, residuals, n_matvecs, converged)
 

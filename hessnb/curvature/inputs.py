@@ -62,6 +62,7 @@ def input_curvature(model: nn.Module, x: Tensor, y: Tensor, *, memory: int = GIB
     ``x`` (N, ...) are inputs, ``y`` (N,) labels; about ``memory`` bytes are used at a time. Raises InputError as
     `input_hessian_eigenvalues` does.
     """
+    _check(model, x, y)
     if is_piecewise_linear(model, x):
         lambda1 = input_hessian_eigenvalues(model, x, k=1, method="closed_form", memory=memory)[:, 0]
     else:
@@ -115,7 +116,7 @@ def input_hessian_eigenvalues(
     _check(model, x, y)
     d = x[0].numel()
     with _evaluation(model), torch.no_grad():
-        classes = model(x[:1]).shape[1]
+        classes = model(x[:1].clone()).shape[1]
     k = min(classes - 1, d) if k is None else k
     if not 1 <= k <= d:
         raise InputError(f"k = {k}: an input Hessian of shape {(d, d)} has 1 to {d} eigenvalues")
@@ -123,7 +124,9 @@ def input_hessian_eigenvalues(
         return _by_lanczos(model, x, y, k, "LA", tol, memory)
     found = [x.new_zeros(0, min(k, classes - 1), dtype=torch.float64)]
     for form in _closed_forms(model, x, memory):
-        found.append(torch.linalg.eigvalsh(form.small).flip(1)[:, :k])
+        small = form.small
+        scale = small.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)  # or tiny ones would underflow
+        found.append(scale[:, None] * torch.linalg.eigvalsh(small / scale[:, None, None]).flip(1)[:, :k])
     # Beyond the rank, at most c - 1, all eigenvalues are zero.
     return F.pad(torch.cat(found).clamp_min(0.0), (0, max(0, k - (classes - 1))))
 
@@ -152,6 +155,7 @@ def input_hessian_solve(
         raise InputError(f"g of shape {tuple(g.shape)} must be finite and have the shape of x, {tuple(x.shape)}")
     if not (damping >= 0 and math.isfinite(damping)):
         raise InputError(f"damping = {damping}: it must be 0 or positive, and finite")
+    g = g.detach()
     if _chosen(model, x, method) == "lanczos":
         return _solve_by_lanczos(model, x, y, g, damping, tol, memory)
     parts, start = [], 0
@@ -204,6 +208,7 @@ def is_piecewise_linear(model: nn.Module, x: Tensor) -> bool:
 
     Raises InputError for samples that depend on each other through batch statistics, or a random model.
     """
+    _check(model, x, None)
     return _bend(model, x) <= _STRAIGHT
 
 
@@ -212,7 +217,6 @@ def _bend(model: nn.Module, x: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     some = x.detach()[:: max(1, len(x) // _PROBES)][:_PROBES]
     with _evaluation(model):
-        checks.independent_samples(model, model, some)
         leaf, logits = _forward(model, some)
         weights = torch.randn(logits.shape, dtype=logits.dtype, generator=generator).to(logits)
         (slope,) = torch.autograd.grad(logits, leaf, weights, create_graph=True, materialize_grads=True)
@@ -285,7 +289,7 @@ def _closed_forms(model: nn.Module, x: Tensor, memory: int) -> Iterator[_ClosedF
     """Go through the samples in chunks that take about ``memory`` bytes each."""
     with _evaluation(model):
         with torch.no_grad():
-            classes = model(x[:1]).shape[1]
+            classes = model(x[:1].clone()).shape[1]
         size = x[0].numel() * (classes - 1) * (2 * x.element_size() + 8) + 8 * 6 * classes**2
         for part, _ in _chunks(model, x, None, memory, size):
             leaf, logits = _forward(model, part)
@@ -429,14 +433,26 @@ def _input_products(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor]
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    with eval_mode(model), full_precision(), torch.enable_grad():
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    # The random state is kept for models that draw although they are not in train mode.
+    with (
+        eval_mode(model),
+        full_precision(),
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         yield
 
 
 def _forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the inputs as a leaf to differentiate by, and the logits (N, c)."""
-    leaf = x.detach().requires_grad_()
-    return leaf, model(leaf)
+    leaf = x.detach().clone().requires_grad_()
+    logits = model(leaf.clone())  # a copy, since networks may work in place
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError("the model's outputs are not finite for some inputs: look for overflow")
+    return leaf, logits
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -477,15 +493,18 @@ def _chosen(model: nn.Module, x: Tensor, method: str) -> Literal["closed_form", 
 def _check(model: nn.Module, x: Tensor, y: Tensor | None) -> None:
     if len(x) == 0:
         raise InputError("there are no inputs: give at least one sample")
+    if y is not None and (y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool):
+        raise InputError(f"the labels are {y.dtype} of shape {tuple(y.shape)}: they must be integers of shape (N,)")
     if y is not None and len(x) != len(y):
         raise InputError(f"{len(x)} inputs and {len(y)} labels: give as many labels as inputs, at least one")
+    checks.sound_model(model)
     like = next((p for p in model.parameters()), x)
     if not x.is_floating_point():
         raise InputError(f"the inputs are {x.dtype}: convert them to the model's {like.dtype}")
     pairs = [(x, torch.zeros(len(x), device=x.device) if y is None else y)]
     checks.data(pairs, like.device, like.dtype)
     with _evaluation(model), torch.no_grad():
-        outputs = model(x[:1])
+        outputs = model(x[:1].clone())
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
         told = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(f"the model returns {told} for one sample; it must return logits (N, c), c at least 2")
@@ -493,3 +512,5 @@ def _check(model: nn.Module, x: Tensor, y: Tensor | None) -> None:
         raise InputError("the model's outputs are not finite: look for NaN in the weights")
     if y is not None:
         checks.labels(outputs, pairs)
+    with _evaluation(model):
+        checks.independent_samples(model, lambda part: model(part.clone()), x[:_PROBES])

@@ -114,6 +114,7 @@ class KrylovState:
     projection: Tensor
     parked: Tensor
     parked_projection: Tensor
+    taken: Tensor
     columns: Tensor
     counters: Tensor
     generator: Tensor
@@ -135,6 +136,7 @@ class Krylov:
         self.projection = torch.zeros(0, 0, dtype=torch.float64)
         self._parked = torch.zeros(0, H.shape[0], dtype=torch.float64, device=H.device)
         self._parked_projection = torch.zeros(0, 0, dtype=torch.float64)
+        self._taken = torch.zeros(0, 0, dtype=torch.float64)  # (rows, p): what the rows took out of the parked vectors
         self.columns: list[int] = []
         self.chain = self.before_chain = self.n_matvecs = 0
         self.following = self.new_row()  # the row that is to be multiplied next
@@ -144,6 +146,11 @@ class Krylov:
         """The rows that were not multiplied yet."""
         done = set(self.columns)
         return [row for row in range(len(self.basis)) if row not in done]
+
+    @property
+    def n_parked(self) -> int:
+        """How many rows are parked."""
+        return len(self._parked)
 
     def new_row(self) -> int:
         """Append a random direction orthogonal to the basis, drawn on the CPU for any device, and return its row."""
@@ -159,6 +166,7 @@ class Krylov:
         self._rotate(torch.eye(len(self.basis), dtype=torch.float64)[self.columns])
         self.columns = list(range(len(self.columns)))
         self.chain, self.before_chain = len(self.columns), self.n_matvecs
+        self._taken = torch.zeros(len(self.basis), len(self._parked), dtype=torch.float64)
         return self.new_row()
 
     def end_chain(self) -> None:
@@ -167,6 +175,7 @@ class Krylov:
         q, r = torch.linalg.qr(self._parked.T)
         rows = r.cpu() @ self._parked_projection
         self._parked, self._parked_projection = self._parked[:0], self._parked_projection[:0]
+        self._taken = self._taken[:, :0]
         for v, row in zip(q.T, rows, strict=True):
             v, _ = self.basis.orthogonalise(v)
             if len(self.basis) < self.H.shape[0] and torch.linalg.vector_norm(v) > 0.5:  # else it was only rounding
@@ -225,6 +234,10 @@ class Krylov:
         _, schur_vectors, kept = scipy.linalg.schur(square, output="real", sort=wanted)
         kept = max(kept, 1)
         q = torch.from_numpy(np.ascontiguousarray(schur_vectors[:, :kept]))
+        if first:  # what the earlier columns have along the rows that are given up is parked again
+            lost = torch.zeros_like(self._taken)
+            lost[rows] = self._taken[rows] - q @ (q.T @ self._taken[rows])
+            self._parked = self._parked + self.basis.combination(lost.T)
         others = sorted(set(range(len(self.basis))) - set(rows))
         rotation = torch.zeros(len(others) + kept, len(self.basis), dtype=torch.float64)
         rotation[range(len(others)), others] = 1.0
@@ -244,6 +257,7 @@ class Krylov:
             self.projection,
             self._parked.cpu(),
             self._parked_projection,
+            self._taken,
             torch.tensor(self.columns, dtype=torch.int64),
             torch.tensor([self.chain, self.before_chain, self.n_matvecs, self.following]),
             self.generator.get_state(),
@@ -259,7 +273,8 @@ class Krylov:
         for row in state.basis:
             krylov.basis.append(row)
         krylov.projection, krylov.columns = state.projection.clone(), state.columns.tolist()
-        krylov._parked, krylov._parked_projection = state.parked.to(H.device), state.parked_projection.clone()
+        krylov._parked, krylov._parked_projection = state.parked.clone().to(H.device), state.parked_projection.clone()
+        krylov._taken = state.taken.clone()
         krylov.chain, krylov.before_chain, krylov.n_matvecs, krylov.following = state.counters.tolist()
         generator.set_state(state.generator)
         return krylov
@@ -270,11 +285,13 @@ class Krylov:
         self._parked = self._parked - along[:, None] * v
         self.basis.append(v)
         self.projection = torch.cat([self.projection, along.cpu()[None] @ self._parked_projection])
+        self._taken = torch.cat([self._taken, along.cpu()[None]])
         return len(self.basis) - 1
 
     def _rotate(self, rotation: Tensor) -> None:
         self.basis.rotate(rotation)
         self.projection = rotation @ self.projection
+        self._taken = rotation @ self._taken
 
 
 def product(H: SymmetricOperator, v: Tensor) -> Tensor:

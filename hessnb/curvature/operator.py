@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,18 +68,22 @@ class CurvatureOperator(ABC):
         self.shape = (n, n)
         self.n_matvecs = 0
 
-        with full_precision(), eval_mode(model):
-            pairs = checks.read_twice(batches, self._value, self.device, self.dtype)
-            if samples is not None:
-                pairs = _select(pairs, samples)
+        # Reading the data and trying out the model may draw random numbers; nobody else shall notice.
+        with self._evaluation(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            every, again = checks.read_twice(batches)
+            pairs = every if samples is None else _select(every, samples)
             self.n_samples = sum(len(x) for x, _ in pairs)
+            self._noted = checks.note(model, pairs)
             checks.data(pairs, self.device, self.dtype)
-            checks.labels(self._forward(pairs[0][0][:1]), pairs)
+            with torch.no_grad():
+                checks.labels(self._forward(pairs[0][0][:1]), pairs)
             checks.model_and_loss(model, self._forward, loss_fn, *pairs[0])
-        self._batches = [_Batch(x, y, len(x) / self.n_samples) for x, y in pairs]
-        self._versions = checks.versions(model, pairs)
-        with self._evaluation():
+            if again is not None:
+                checks.same_samples(every, again, self._mean_loss)
+            self._batches = [_Batch(x, y, len(x) / self.n_samples) for x, y in pairs]
             self._check_all_used()
+            self._cheap = True
+            self._cheap = self._is_cheap_right()
             self._keep_graphs(available_memory(self.device) // 2 if graph_memory is None else graph_memory)
 
     # -- products -------------------------------------------------------------------------------------------------
@@ -110,10 +115,10 @@ class CurvatureOperator(ABC):
         from scipy.sparse.linalg import LinearOperator
 
         def product(block: object) -> object:
-            return (self @ torch.as_tensor(block, dtype=torch.float64, device=self.device)).cpu().numpy()
+            return (self @ torch.from_numpy(np.array(block, "float64", order="C")).to(self.device)).cpu().numpy()
 
         def vector_product(v: object) -> object:
-            return product(torch.as_tensor(v).flatten())
+            return product(np.ravel(v))  # type: ignore[call-overload]
 
         return LinearOperator(
             self.shape, matvec=vector_product, rmatvec=vector_product, matmat=product, rmatmat=product, dtype="float64"
@@ -121,10 +126,10 @@ class CurvatureOperator(ABC):
 
     def _products(self, block: Tensor) -> Tensor:
         """Return the products with the columns of (n, k) in float64."""
-        checks.unchanged(self._versions)
-        vectors = [self._split(v) for v in block.to(self.device, self.dtype).unbind(1)]
-        total = torch.zeros(len(vectors), self.shape[0], dtype=torch.float64, device=self.device)
+        checks.unchanged(self._model, self._noted)
         with self._evaluation():
+            vectors = [self._split(v) for v in block.detach().to(self.device, self.dtype, copy=True).unbind(1)]
+            total = torch.zeros(len(vectors), self.shape[0], dtype=torch.float64, device=self.device)
             for batch in self._batches:
                 linearisation = batch.kept or self._linearise(batch.x, batch.y)
                 for j, v in enumerate(vectors):
@@ -142,8 +147,31 @@ class CurvatureOperator(ABC):
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        with eval_mode(self._model), full_precision(), torch.enable_grad():
+        with eval_mode(self._model), full_precision(), torch.inference_mode(False), torch.enable_grad():
             yield
+
+    def _layers(self, *, fixed: bool = False) -> AbstractContextManager[object]:
+        return cheap_double_backward(fixed=fixed) if self._cheap else nullcontext()
+
+    def _is_cheap_right(self) -> bool:
+        """Return whether cheap layers give the same product as PyTorch's own, on a sample or two.
+
+        They do not where the model calls itself again in the backward pass, as checkpoints do, or is written with
+        functional transforms, which cannot see through them.
+        """
+        batch = self._batches[0]
+        x, y = batch.x[:2], batch.y[:2]
+        v = torch.randn(self.shape[0], generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        try:
+            found = _flat(self._linearise(x, y)(self._split(v), False))
+        except RuntimeError:
+            return False
+        self._cheap = False
+        expected = _flat(self._linearise(x, y)(self._split(v), False))
+        close = torch.linalg.vector_norm(found - expected) <= torch.finfo(self.dtype).eps ** 0.5 * (
+            torch.linalg.vector_norm(expected)
+        )
+        return bool(close)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self._constants:
@@ -154,13 +182,16 @@ class CurvatureOperator(ABC):
         loss = self._loss_fn(outputs, y)
         if not torch.isfinite(loss):
             raise InputError(f"the loss of a batch is {loss.item()}; look for overflow in the model's outputs")
+        with torch.no_grad():
+            checks.is_mean(self._loss_fn, outputs.detach(), y, loss.detach())
         return loss
 
-    def _value(self, pairs: list[tuple[Tensor, Tensor]]) -> float:
-        """Return the mean loss over all samples."""
+    def _mean_loss(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """Return the mean loss over all samples, and the mean of the magnitudes of the batches' losses."""
         with torch.no_grad():
-            total = sum(len(x) * self._loss_fn(self._forward(x), y).double() for x, y in pairs)
-        return float(total) / sum(len(x) for x, _ in pairs)
+            losses = [(len(x), self._loss_fn(self._forward(x), y).double()) for x, y in pairs]
+        n = sum(size for size, _ in losses)
+        return tuple(float(sum(size * f(loss) for size, loss in losses)) / n for f in (lambda t: t, abs))  # type: ignore[return-value]
 
     def _check_all_used(self) -> None:
         """Raise InputError if a parameter has no influence on the loss of any batch."""
@@ -221,7 +252,7 @@ class HessianOperator(CurvatureOperator):
     """
 
     def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
-        with cheap_double_backward():
+        with self._layers():
             loss = self._loss(self._forward(x), y)
         gradient = torch.autograd.grad(
             loss, self._parameters, create_graph=True, allow_unused=True, materialize_grads=True
@@ -247,7 +278,7 @@ class GGNOperator(CurvatureOperator):
     """
 
     def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
-        with cheap_double_backward(fixed=True):
+        with self._layers(fixed=True):
             outputs = self._forward(x)
         # J^T u is linear in u: its derivative along v, as a function of u, is J v.
         u = torch.zeros_like(outputs, requires_grad=True)
@@ -269,10 +300,13 @@ class GGNOperator(CurvatureOperator):
 
 def _select(pairs: list[tuple[Tensor, Tensor]], samples: Tensor | Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Return the samples with the given indices in batches of the size of the first one."""
-    indices = torch.as_tensor(samples, dtype=torch.int64, device="cpu").flatten()
+    indices = torch.as_tensor(samples, device="cpu").flatten()
+    if not len(indices) or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise InputError("samples: give at least one integer index; of a mask, mask.nonzero().flatten()")
+    indices = indices.to(torch.int64)
     ends = torch.tensor([len(x) for x, _ in pairs]).cumsum(0)
     n = int(ends[-1])
-    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n:
+    if not 0 <= int(indices.min()) <= int(indices.max()) < n:
         raise InputError(f"samples: indices from {indices.min()} to {indices.max()}; there are {n} samples, from 0 on")
     batch_of = torch.searchsorted(ends, indices, right=True).tolist()
     starts = [0, *ends.tolist()]
@@ -285,3 +319,7 @@ def _select(pairs: list[tuple[Tensor, Tensor]], samples: Tensor | Sequence[int])
         (torch.stack([x for x, _ in part]), torch.stack([y for _, y in part]))
         for part in (picked[i : i + size] for i in range(0, len(picked), size))
     ]
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])

@@ -1,17 +1,18 @@
-"""Full float32 precision inside, whatever the user's switches say outside."""
+"""Full float32 precision, and kernels that can be differentiated twice, whatever the switches say outside."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Switch TF32 and bfloat16 products off inside and restore them afterwards.
+    """Switch TF32, bfloat16 products and autocasting off inside and restore them afterwards.
 
     TF32's 10 mantissa bits would drown a residual of 1e-4. PyTorch has two sets of switches, and reading the older one
     raises once the newer one was used: the older one is set with the newer as long as it can be read.
@@ -30,7 +31,12 @@ def full_precision() -> Iterator[None]:
             cudnn.allow_tf32 = False
         for switch in switches:
             switch.fp32_precision = "ieee"
-        yield
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            # Other kernels of attention cannot be differentiated twice.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
     finally:
         if older:
             torch.set_float32_matmul_precision(older[0])
