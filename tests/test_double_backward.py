@@ -357,6 +357,19 @@ def test_fixed_gives_the_jacobian_of_convolutions_of_any_geometry(convolution: C
     assert nothing is None
 
 
+@pytest.mark.parametrize("function", [F.relu, lambda x: F.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 3, 2, 1)])
+def test_derivatives_that_vanish_are_left_out(function: Callable[[Tensor], Tensor]) -> None:
+    (x,) = variables(normal(2, 1, 5, 5))
+    with cheap_double_backward():
+        value = function(x)
+    grad = torch.ones_like(value, requires_grad=True)
+    (first,) = torch.autograd.grad(value, x, grad, create_graph=True)
+    (none,) = torch.autograd.grad(first, x, torch.ones_like(x), allow_unused=True, retain_graph=True)
+    assert none is None
+    (mask,) = torch.autograd.grad(first, grad, x.detach())
+    assert torch.equal(mask, value.detach())  # linear in pieces
+
+
 # -- what is left to PyTorch ------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from networks import NETWORKS, LossFunction, batches, dense_ggn, dense_hessian, network, samples
 from scipy.sparse.linalg import aslinearoperator, cg, eigsh
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -189,6 +190,42 @@ class Mapping(nn.Module):
         return result
 
 
+class Recurrent(nn.Module):
+    """Reads an image row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.last = nn.LSTM(8, 2, batch_first=True), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.rows(x[:, 0])[0][:, -1])
+        return result
+
+
+def attentive() -> nn.Module:
+    attention = nn.TransformerEncoderLayer(8, 2, 3, batch_first=True)
+    return nn.Sequential(nn.Flatten(1, 2), attention, nn.Flatten(), nn.Linear(64, 4))
+
+
+@pytest.mark.parametrize("make", [Recurrent, attentive])
+def test_recurrent_and_attentive_networks_have_products_too(make: Callable[[], nn.Module]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().double()
+    for name, operator in OPERATORS.items():
+        H = operator(model, F.cross_entropy, batches(X, Y, 8))
+        block = normal(H.shape[0], 2)
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other kernels of attention have one derivative only
+            expected = TRUTHS[name](model, X, Y) @ block
+        assert_near(H @ block, expected)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_cheap_layers_are_in_use_wherever_they_are_right(operator: str) -> None:
+    for kind in NETWORKS:
+        assert OPERATORS[operator](network(kind), F.cross_entropy, batches(X, Y, 12), graph_memory=0)._cheap
+
+
 @pytest.mark.parametrize("make", [Checkpointed, Mapping])
 @pytest.mark.parametrize("memory", [0, 10**7])
 def test_models_may_use_checkpoints_and_vmap(make: Callable[[], nn.Module], memory: int) -> None:
@@ -221,6 +258,14 @@ def test_products_come_in_the_dtype_of_the_vector(operator: str) -> None:
     exact = OPERATORS[operator](network("pool"), F.cross_entropy, batches(x, y, 12))
     assert exact.matvec(v[:, 0].float()).dtype == torch.float32
     assert exact.dense().dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_products_with_integers_are_not_rounded_to_integers(dtype: torch.dtype) -> None:
+    H = HessianOperator(network("pool"), F.cross_entropy, batches(X, Y, 12))
+    v = torch.ones(72, dtype=dtype)
+    assert_near(H.matvec(v), truth("Hessian", "pool") @ v.double())
+    assert_near(H @ v[:, None], truth("Hessian", "pool") @ v.double()[:, None])
 
 
 def test_float32_products_are_summed_in_float64(digits: Splits) -> None:
