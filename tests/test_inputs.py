@@ -388,7 +388,8 @@ def test_independent_logits_of_very_different_probabilities_are_inverted_exactly
     weight = normal(4, 5, seed=seed) * torch.tensor([1, 1, 1e-2, 1e-2, 1e-2], dtype=torch.float64)
     linear.load_state_dict({"weight": weight, "bias": torch.zeros(4)})
     x, g = normal(1, 5, seed=seed + 10), normal(1, 5, seed=seed + 20)
-    model = Calibrated(linear, span / float(linear(x).max() - linear(x).min()))
+    logits = linear(x).detach()
+    model = Calibrated(linear, span / float(logits.max() - logits.min()))
     with mpmath.workdps(1000):
         shares = [mpmath.exp(mpmath.mpf(s)) for s in model(x)[0].tolist()]
         p = mpmath.matrix([share / mpmath.fsum(shares) for share in shares])

@@ -89,15 +89,18 @@ class CurvatureOperator(ABC):
     # -- products -------------------------------------------------------------------------------------------------
 
     def matvec(self, v: Tensor) -> Tensor:
-        """Return the product with a vector (n,), in the dtype of ``v``; raise InputError for another shape."""
+        """Return the product with a vector (n,), in the dtype of ``v``, float64 for integers.
+
+        Raises InputError for another shape.
+        """
         if v.shape != (self.shape[0],):
             raise InputError(f"a vector of shape {tuple(v.shape)} does not fit an operator of shape {self.shape}")
-        return self._products(v[:, None])[:, 0].to(v.dtype)
+        return self._products(v[:, None])[:, 0].to(_floating(v))
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Return the product with a vector (n,) or a block (n, k), which goes over the data once for all columns."""
         if v.ndim == 2 and v.shape[0] == self.shape[0]:
-            return self._products(v).to(v.dtype)
+            return self._products(v).to(_floating(v))
         return self.matvec(v)
 
     def dense(self) -> Tensor:
@@ -319,6 +322,10 @@ def _select(pairs: list[tuple[Tensor, Tensor]], samples: Tensor | Sequence[int])
         (torch.stack([x for x, _ in part]), torch.stack([y for _, y in part]))
         for part in (picked[i : i + size] for i in range(0, len(picked), size))
     ]
+
+
+def _floating(v: Tensor) -> torch.dtype:
+    return v.dtype if v.is_floating_point() else torch.float64
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
