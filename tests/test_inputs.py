@@ -441,7 +441,7 @@ def test_iteration_and_closed_form_agree_on_piecewise_linear_networks(kind: str)
         assert ((found - expected).abs() <= 1e-10 * expected[:, :1]).all()
 
 
-@pytest.mark.parametrize("k", [1])
+@pytest.mark.parametrize("k", [1, 3, 8])
 @pytest.mark.parametrize("kind", SMOOTH)
 def test_iteration_finds_the_largest_eigenvalues_of_smooth_networks_and_labels_matter(kind: str, k: int) -> None:
     model, x, y, hessians = small(kind)
@@ -463,7 +463,7 @@ def test_iteration_goes_on_to_negative_eigenvalues() -> None:
     assert (found[:, -1] < 0).all()
 
 
-@pytest.mark.parametrize("gap", [5.0])
+@pytest.mark.parametrize("gap", [5.0, 30.0, 200.0])
 def test_iteration_keeps_the_curvature_of_confident_samples(gap: float) -> None:
     x, _ = samples(5)
     model = Calibrated(rectifier(), shift=gap)
@@ -802,7 +802,7 @@ def test_iterated_damped_solutions_are_those_of_the_dense_system(kind: str, shar
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind", [*sorted(set(SMOOTH) - {"norm", "grouped"}), "rectifier", "conv"])
+@pytest.mark.parametrize("kind", [*SMOOTH, "rectifier", "conv"])
 def test_iterated_solutions_without_damping_are_those_of_the_pseudo_inverse(kind: str, seed: int) -> None:
     model, x, y, hessians = solved(kind)
     for g in (normal(*x.shape, seed=seed), times(hessians, normal(*x.shape, seed=seed)), gradients(model, x, y)):

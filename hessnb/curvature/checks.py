@@ -138,7 +138,9 @@ def model_and_loss(
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss is not a scalar ({shape}); use a batch mean: reduction='mean'")
         if not torch.isfinite(loss):
-            raise InputError(f"the loss of the first batch is {loss.item()}; look for overflow in the model's outputs")
+            raise InputError(
+                f"the loss of the first batch is {loss.item()}; look for overflow in the model's outputs, or class weights"
+            )
         if abs(loss - loss_fn(outputs, y)) > 1e3 * eps * abs(loss):
             raise InputError("the loss is random: it differs when it is computed twice from the same outputs")
         is_mean(loss_fn, outputs, y, loss)

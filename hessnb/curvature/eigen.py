@@ -32,7 +32,8 @@ class EigenResult:
     """Eigenpairs and what they cost.
 
     ``eigenvalues`` (k,) in the order of ``which``; ``eigenvectors`` (k, n), orthonormal rows, float64;
-    ``residuals`` (k,), relative: |H v - lambda v| / |lambda|; ``converged``: the stopping rule was met for all k.
+    ``residuals`` (k,), relative: |H v - lambda v| / |lambda|, where `lanczos` takes the operator's rounding error for
+    an eigenvalue that is smaller than that; ``converged``: the stopping rule was met for all k.
     """
 
     eigenvalues: Tensor
@@ -86,8 +87,9 @@ def lanczos(
     10 k + 200); ``converged`` says which. Eigenvalues come in descending order of magnitude (LM), descending
     (LA) or ascending (SA).
 
-    When the basis has ``max_basis`` rows of 8 n bytes (default: what half of the free memory holds) it is restarted
-    from its leading Ritz vectors (Stewart, 2001; Wu and Simon, 2000). ``generator`` draws the start (default: seed 0).
+    When the basis has ``max_basis`` rows of 8 n bytes (default: what half of the free memory holds; a row more for each
+    chain that looks for a further copy) it is restarted from its leading Ritz vectors (Stewart, 2001; Wu and Simon,
+    2000). ``generator`` draws the start (default: seed 0).
     ``progress`` is called after each product with a `Progress`, or prints it when True. ``save`` is called with the
     state every ``save_seconds``; given as ``state`` to a later call with the same arguments, it goes on from there and
     ends as if never interrupted.
@@ -115,7 +117,7 @@ def lanczos(
     noise = max(10 * torch.finfo(getattr(H, "dtype", torch.float64)).eps, 1e-13)
     if max_basis >= n:
         max_basis = 2 * n + 2  # never full
-    report = _reporter(progress, tol, check)
+    report = _reporter(progress, tol, check, limit)
     saved = time.monotonic()
 
     def make_room(rows: int) -> None:
@@ -133,7 +135,7 @@ def lanczos(
         theta, coordinates, defects = krylov.ritz(which)
         norms, last = torch.linalg.vector_norm(defects, dim=0), float(theta[:k][-1])
         scale = float(krylov.projection.abs().max())
-        residuals = norms[:k] / theta[:k].abs().clamp_min(torch.finfo(torch.float64).eps * scale or 1.0)
+        residuals = norms[:k] / theta[:k].abs().clamp_min(noise * scale or 1.0)
         wrong = (residuals > tol) & (norms[:k] + theta[:k].abs() > noise * scale)
         if len(theta) >= k:
             report(krylov.n_matvecs, residuals, ~wrong)
@@ -219,7 +221,7 @@ def _beyond(values: Tensor, last: float, which: Which) -> Tensor:
 
 
 def _reporter(
-    progress: Callable[[Progress], None] | bool, tol: float, check: int
+    progress: Callable[[Progress], None] | bool, tol: float, check: int, limit: int
 ) -> Callable[[int, Tensor, Tensor], None]:
     """Return a function that passes on the state of a solve with an estimate of the products that remain.
 
@@ -239,6 +241,7 @@ def _reporter(
             (before, high), (now, low) = past[-9], past[-1]
             slope = (high - low) / (now - before)
             remaining = math.ceil(low / slope) + check if slope > 0.05 else None
+        remaining = None if remaining is None else min(remaining, limit - m)
         told = Progress(m, int(found.sum()), len(found), float(residuals.max()), remaining)
         if callable(progress):
             progress(told)

@@ -29,6 +29,7 @@ from hessnb.errors import InputError, unknown
 from hessnb.models import eval_mode
 
 Method = Literal["auto", "closed_form", "lanczos"]
+Forward = Callable[[Tensor], Tensor]
 
 GIB = 1 << 30
 # It counts as piecewise linear when its gradient changes, along a random unit direction, by at most this share.
@@ -317,23 +318,28 @@ def _closed_forms(model: nn.Module, x: Tensor, memory: int) -> Iterator[_ClosedF
 def _by_lanczos(
     model: nn.Module, x: Tensor, y: Tensor | None, k: int, which: Literal["LA", "LM"], tol: float, memory: int
 ) -> Tensor:
-    """Return the k leading eigenvalues (N, k) of each sample by Lanczos iteration on all samples of a chunk at once."""
+    """Return the k leading eigenvalues (N, k) of each sample by Lanczos iteration on all samples of a chunk at once.
+
+    It starts from k random directions, so that it sees as many copies of a multiple eigenvalue as are asked for.
+    """
     labels = _needed(y)
     generator = torch.Generator().manual_seed(0)
     found = [x.new_zeros(0, k, dtype=torch.float64)]
+    d = x[0].numel()
 
     def leading(theta: Tensor) -> Tensor:
         return (theta if which == "LA" else theta.abs()).argsort(dim=1, descending=True)[:, :k]
 
-    def finished(theta: Tensor, s: Tensor, left: Tensor) -> bool:
-        residuals = left[:, None] * s[:, -1].abs()
+    def finished(theta: Tensor, s: Tensor, rest: Tensor) -> bool:
+        residuals = torch.linalg.vector_norm(rest @ s, dim=1)
         allowed = tol * theta.abs().amax(1, keepdim=True)
         return theta.shape[1] >= k and bool((residuals.gather(1, leading(theta)) <= allowed).all())
 
     with _evaluation(model):
-        for part, target in _chunks(model, x, labels, memory, x[0].numel() * 8 * (3 * k + 40)):
-            start = torch.randn(len(part), part[0].numel(), dtype=torch.float64, generator=generator).to(x.device)
-            theta, _, _ = _lanczos_on_each(_input_products(model, part, target), start, generator, finished)
+        forward, dtype = _in_float64(model, x)
+        for part, target in _chunks(model, x, labels, memory // 2, d * 8 * (4 * k + 40)):
+            start = torch.randn(len(part), k, d, dtype=torch.float64, generator=generator).to(x.device)
+            theta, _, _ = _lanczos_on_each(_input_products(forward, part.to(dtype), target), start, generator, finished)
             found.append(theta.gather(1, leading(theta)))
     return torch.cat(found)
 
@@ -345,7 +351,9 @@ def _solve_by_lanczos(
     generator = torch.Generator().manual_seed(0)
     solved, start = [], 0
     with _evaluation(model):
-        for part, target in _chunks(model, x, labels, memory, x[0].numel() * 8 * 100):
+        forward, dtype = _in_float64(model, x)
+        eps = x[0].numel() * torch.finfo(dtype).eps
+        for part, target in _chunks(model, x, labels, memory // 2, x[0].numel() * 8 * 100):
             right = g[start : start + len(part)].flatten(1).double()
             start += len(part)
             length = torch.linalg.vector_norm(right, dim=1)
@@ -353,16 +361,17 @@ def _solve_by_lanczos(
             def solution(theta: Tensor, s: Tensor, length: Tensor = length) -> Tensor:
                 """Return the coordinates of the solution in the basis, nothing along directions at rounding level."""
                 shifted = theta + damping
-                floor = torch.finfo(x.dtype).eps * shifted.abs().amax(1, keepdim=True)
+                floor = eps * shifted.abs().amax(1, keepdim=True)
                 inverse = torch.where(shifted.abs() > floor, 1 / shifted, torch.zeros_like(shifted))
-                return (s @ (inverse * s[:, 0] * length[:, None])[:, :, None])[:, :, 0]
+                return s @ (inverse * s[:, 0] * length[:, None])[:, :, None]
 
-            def finished(theta: Tensor, s: Tensor, left: Tensor, length: Tensor = length) -> bool:
-                return bool((left * solution(theta, s)[:, -1].abs() <= tol * length).all())
+            def finished(theta: Tensor, s: Tensor, rest: Tensor, length: Tensor = length) -> bool:
+                residuals = torch.linalg.vector_norm(rest @ solution(theta, s), dim=1)[:, 0]
+                return bool((residuals <= tol * length).all())
 
-            products = _input_products(model, part, target)
-            theta, s, basis = _lanczos_on_each(products, right, generator, finished)
-            solved.append((solution(theta, s)[:, None] @ basis)[:, 0].to(x.dtype))
+            products = _input_products(forward, part.to(dtype), target)
+            theta, s, basis = _lanczos_on_each(products, right[:, None], generator, finished)
+            solved.append((solution(theta, s).mT @ basis)[:, 0].to(x.dtype))
     return torch.cat(solved).view_as(x)
 
 
@@ -372,35 +381,44 @@ def _lanczos_on_each(
     generator: torch.Generator,
     finished: Callable[[Tensor, Tensor, Tensor], bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Ritz values (N, m), coordinates (N, m, m) and bases (N, m, d) of N operators, each from its start (N, d).
+    """Return Ritz values (N, m), coordinates (N, m, m) and bases (N, m, d) of N operators from their starts (N, b, d).
 
-    Full reorthogonalisation in float64. Ends when ``finished(values, coordinates, left)`` says so, with ``left`` (N,)
-    the norm of what the last product added to the basis, or at m = d. Where a Krylov space is exhausted, its iteration
-    goes on in a random direction.
+    Band Lanczos (Ruhe, 1979) with full reorthogonalisation in float64: the basis begins with the orthonormalised
+    starts, and each of its rows in turn is multiplied and leaves one more row behind. Ends at m = d, or when
+    ``finished(values, coordinates, rest)`` says so: ``rest`` (N, b, m) are the products' components outside the rows
+    that were multiplied. Where a Krylov space is exhausted, its iteration goes on in a random direction.
     """
-    n, d = start.shape
-    basis = F.normalize(start, dim=1, eps=0.0).nan_to_num(0.0)[:, None]
-    T, left = start.new_zeros(n, 0, 0), start.new_zeros(n)
+    n, b, d = start.shape
+    basis = start.new_zeros(n, 0, d)
+
+    def extended(w: Tensor, dependent: Tensor) -> Tensor:
+        fresh = torch.randn(n, d, dtype=torch.float64, generator=generator).to(w.device)
+        fresh, _ = _orthogonalise(fresh, basis)
+        row = F.normalize(torch.where(dependent[:, None], fresh, w), dim=1, eps=0.0)
+        return torch.cat([basis, row[:, None]], dim=1)
+
+    for v in F.normalize(start, dim=2, eps=torch.finfo(torch.float64).tiny).unbind(1):
+        w, _ = _orthogonalise(v, basis)
+        basis = extended(w, torch.linalg.vector_norm(w, dim=1) <= 1e-13)
+    T = start.new_zeros(n, b, 0)
     while True:
-        m = basis.shape[1]
-        w = product(basis[:, -1])
+        m = T.shape[2]
+        w = product(basis[:, m])
         if not bool(torch.isfinite(w).all()):
             raise InputError("a product with an input Hessian is not finite: look for overflow in the model's outputs")
         w, coefficients = _orthogonalise(w, basis)
-        T = F.pad(T, (0, 1, 0, 1))
-        T[:, :, -1] = coefficients
-        if m > 1:
-            T[:, -1, -2] = left
-        left = torch.linalg.vector_norm(w, dim=1)
-        exhausted = left <= 1e-13 * T.flatten(1).abs().amax(1)
-        left = left.masked_fill(exhausted, 0.0)
-        theta, s = torch.linalg.eigh((T + T.mT) / 2)
-        if m == d or finished(theta, s, left):
-            return theta, s, basis
-        fresh = torch.randn(n, d, dtype=torch.float64, generator=generator).to(w.device)
-        fresh, _ = _orthogonalise(fresh, basis)
-        w = F.normalize(torch.where(exhausted[:, None], fresh, w), dim=1, eps=0.0)
-        basis = torch.cat([basis, w[:, None]], dim=1)
+        T = torch.cat([T, coefficients[:, :, None]], dim=2)
+        if basis.shape[1] < d:
+            left = torch.linalg.vector_norm(w, dim=1)
+            dependent = left <= 1e-13 * T.flatten(1).abs().amax(1)
+            basis = extended(w, dependent)
+            T = F.pad(T, (0, 0, 0, 1))
+            T[:, -1, -1] = left.masked_fill(dependent, 0.0)
+        m += 1
+        square, rest = T[:, :m], T[:, m:]
+        theta, s = torch.linalg.eigh((square + square.mT) / 2)
+        if m == d or finished(theta, s, rest):
+            return theta, s, basis[:, :m]
 
 
 def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -413,10 +431,16 @@ def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return w, total
 
 
-def _input_products(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+def _input_products(forward: Forward, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the map from vectors (N, d), float64, to the products with each sample's input Hessian."""
-    leaf, logits = _forward(model, x)
-    (slope,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), leaf, create_graph=True)
+    leaf, logits = _forward(forward, x)
+    # The cross-entropy in differences to the most probable class: its derivatives do not cancel for confident samples.
+    classes = logits.shape[1]
+    top = logits.detach().argmax(1, keepdim=True)
+    others = (top + torch.arange(1, classes, device=x.device)) % classes
+    best = logits.gather(1, top)
+    loss = (best - logits.gather(1, y[:, None])).sum() + (logits.gather(1, others) - best).exp().sum(1).log1p().sum()
+    (slope,) = torch.autograd.grad(loss, leaf, create_graph=True, materialize_grads=True)
 
     def product(v: Tensor) -> Tensor:
         if not slope.requires_grad:
@@ -426,6 +450,21 @@ def _input_products(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor]
         return found.flatten(1).double()
 
     return product
+
+
+def _in_float64(model: nn.Module, x: Tensor) -> tuple[Forward, torch.dtype]:
+    """Return the network with weights in float64 and this dtype; its own where it computes in no other."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    double = {name: t.detach().double() if t.is_floating_point() else t for name, t in tensors}
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, double, (x,))  # type: ignore[no-any-return]
+
+    try:
+        forward(x[:1].double())
+    except RuntimeError:
+        return model, x.dtype
+    return forward, torch.float64
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------------
@@ -446,10 +485,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the inputs as a leaf to differentiate by, and the logits (N, c)."""
     leaf = x.detach().clone().requires_grad_()
-    logits = model(leaf.clone())  # a copy, since networks may work in place
+    logits = forward(leaf.clone())  # a copy, since networks may work in place
     if not bool(torch.isfinite(logits).all()):
         raise InputError("the model's outputs are not finite for some inputs: look for overflow")
     return leaf, logits

@@ -184,7 +184,9 @@ class CurvatureOperator(ABC):
     def _loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         loss = self._loss_fn(outputs, y)
         if not torch.isfinite(loss):
-            raise InputError(f"the loss of a batch is {loss.item()}; look for overflow in the model's outputs")
+            raise InputError(
+                f"the loss of a batch is {loss.item()}; look for overflow in the model's outputs, or class weights"
+            )
         with torch.no_grad():
             checks.is_mean(self._loss_fn, outputs.detach(), y, loss.detach())
         return loss
