@@ -213,6 +213,17 @@ def is_piecewise_linear(model: nn.Module, x: Tensor) -> bool:
     return _bend(model, x) <= _STRAIGHT
 
 
+def require_piecewise_linear(model: nn.Module, x: Tensor, *, remedy: str) -> None:
+    """Raise InputError, with the reason and what else to use, for a network that has no closed form."""
+    bend = _bend(model, x)
+    if bend > _STRAIGHT:
+        raise InputError(
+            f"the closed form needs logits that are piecewise linear in the input; along a random direction of length "
+            f"one their gradient changes by {bend:.1e} of itself. Look for smooth activations or normalisation by the "
+            f"sample's own statistics, or use {remedy}"
+        )
+
+
 def _bend(model: nn.Module, x: Tensor) -> float:
     """Return by which share the gradient of the logits changes along a random direction of length one."""
     generator = torch.Generator().manual_seed(0)
@@ -234,14 +245,16 @@ def _bend(model: nn.Module, x: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class _ClosedForm:
+class ClosedForm:
     """H = K^T C C^T K of m samples: ``rows`` K (m, c - 1, d) in the model's dtype, ``factor`` C (m, c - 1, c - 1) and
-    ``gram`` K K^T in float64, and the probabilities of the reference class (m,) and of the others (m, c - 1).
+    ``gram`` K K^T in float64, the class (m, c - 1) of each row, and the probabilities of the reference class (m,) and
+    of the others (m, c - 1).
     """
 
     rows: Tensor
     factor: Tensor
     gram: Tensor
+    classes: Tensor
     reference: Tensor
     others: Tensor
 
@@ -276,40 +289,46 @@ class _ClosedForm:
         general = (self.factor @ (vectors @ (squared[:, :, None] * (vectors.mT @ b))))[:, :, 0]
         return (rows.mT @ torch.where(independent[:, None], exact, general)[:, :, None])[:, :, 0]
 
-    def damped_inverse(self, g: Tensor, damping: float) -> Tensor:
-        """Return (H + damping I)^-1 g (m, d) for g (m, d), in float64."""
+    def damped_inverse(self, g: Tensor, damping: float | Tensor) -> Tensor:
+        """Return (H + damping I)^-1 g (m, d) for g (m, d), in float64; ``damping`` is positive, one or (m,)."""
+        damping = torch.as_tensor(damping, dtype=torch.float64, device=g.device).expand(len(g))[:, None]
         rows = self.rows.double()
         b = self.factor.mT @ (rows @ g[:, :, None])
         small = self.small
         eye = torch.eye(small.shape[1], dtype=small.dtype, device=small.device)
-        solved: Tensor = torch.linalg.solve(small + damping * eye, b)
+        solved: Tensor = torch.linalg.solve(small + damping[:, :, None] * eye, b)
         return (g - (rows.mT @ (self.factor @ solved))[:, :, 0]) / damping
 
 
-def _closed_forms(model: nn.Module, x: Tensor, memory: int) -> Iterator[_ClosedForm]:
+def _closed_forms(model: nn.Module, x: Tensor, memory: int) -> Iterator[ClosedForm]:
     """Go through the samples in chunks that take about ``memory`` bytes each."""
     with _evaluation(model):
         with torch.no_grad():
             classes = model(x[:1].clone()).shape[1]
         size = x[0].numel() * (classes - 1) * (2 * x.element_size() + 8) + 8 * 6 * classes**2
         for part, _ in _chunks(model, x, None, memory, size):
-            leaf, logits = _forward(model, part)
-            p = _softmax(logits.detach())
-            top = p.argmax(1)
-            order = (top[:, None] + torch.arange(1, classes, device=x.device)) % classes
-            reference, others = p.gather(1, top[:, None])[:, 0], p.gather(1, order)
-            rows = leaf.new_empty(len(part), classes - 1, part[0].numel())
-            for i in range(classes - 1):
-                difference = torch.zeros_like(logits).scatter_(1, order[:, i : i + 1], 1.0)
-                difference.scatter_(1, top[:, None], -1.0)
-                last = i + 1 == classes - 1
-                (row,) = torch.autograd.grad(logits, leaf, difference, retain_graph=not last, materialize_grads=True)
-                rows[:, i] = row.flatten(1)
-            q = others.sqrt()
-            share = q / (1 + reference.sqrt())[:, None]
-            eye = torch.eye(classes - 1, dtype=q.dtype, device=q.device)
-            factor = q[:, :, None] * (eye - q[:, :, None] * share[:, None, :])
-            yield _ClosedForm(rows, factor, (rows @ rows.mT).double(), reference, others)
+            yield closed_form(*_forward(model, part))
+
+
+def closed_form(leaf: Tensor, logits: Tensor) -> ClosedForm:
+    """Return the input Hessians of samples ``leaf`` (m, ...) from the graph of their piecewise linear logits (m, c)."""
+    classes = logits.shape[1]
+    p = _softmax(logits.detach())
+    top = p.argmax(1)
+    order = (top[:, None] + torch.arange(1, classes, device=leaf.device)) % classes
+    reference, others = p.gather(1, top[:, None])[:, 0], p.gather(1, order)
+    rows = leaf.new_empty(len(leaf), classes - 1, leaf[0].numel())
+    for i in range(classes - 1):
+        difference = torch.zeros_like(logits).scatter_(1, order[:, i : i + 1], 1.0)
+        difference.scatter_(1, top[:, None], -1.0)
+        last = i + 1 == classes - 1
+        (row,) = torch.autograd.grad(logits, leaf, difference, retain_graph=not last, materialize_grads=True)
+        rows[:, i] = row.flatten(1)
+    q = others.sqrt()
+    share = q / (1 + reference.sqrt())[:, None]
+    eye = torch.eye(classes - 1, dtype=q.dtype, device=q.device)
+    factor = q[:, :, None] * (eye - q[:, :, None] * share[:, None, :])
+    return ClosedForm(rows, factor, (rows @ rows.mT).double(), order, reference, others)
 
 
 # -- iteration -----------------------------------------------------------------------------------------------------
@@ -517,16 +536,10 @@ def _chosen(model: nn.Module, x: Tensor, method: str) -> Literal["closed_form", 
         raise unknown("method", method, ["auto", "closed_form", "lanczos"])
     if method == "lanczos":
         return "lanczos"
-    bend = _bend(model, x)
-    if bend <= _STRAIGHT:
-        return "closed_form"
     if method == "closed_form":
-        raise InputError(
-            f"the closed form needs logits that are piecewise linear in the input; along a random direction of length "
-            f"one their gradient changes by {bend:.1e} of itself. Look for smooth activations or normalisation by the "
-            "sample's own statistics, or use method='lanczos' with labels"
-        )
-    return "lanczos"
+        require_piecewise_linear(model, x, remedy="method='lanczos' with labels")
+        return "closed_form"
+    return "closed_form" if _bend(model, x) <= _STRAIGHT else "lanczos"
 
 
 def _check(model: nn.Module, x: Tensor, y: Tensor | None) -> None:

@@ -1,0 +1,74 @@
+"""AutoAttack (Croce and Hein, 2020), by the package pyautoattack, which is imported when it is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hessnb.attacks import checks
+from hessnb.attacks.ball import Norm
+from hessnb.curvature.inputs import _check as check_samples
+from hessnb.curvature.inputs import _evaluation as evaluation
+from hessnb.errors import InputError
+
+_STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+_NORMS = {"linf": "Linf", "l2": "L2"}
+
+
+def autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    attacks: Sequence[str] = _STANDARD,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> Tensor:
+    """Return x (N, ...) with every sample that AutoAttack can have misclassified within ``eps`` replaced by what did it.
+
+    The four attacks of the standard version run in turn, each on the samples that withstood the ones before it. Inputs
+    (N, C, H, W) in [0, 1], ``eps`` one radius in pixels (L2: not scaled), in the network's precision, float32.
+    Needs the extra: pip install 'hessnb[attacks]'. Raises InputError where it is not installed, for fewer classes than
+    an attack needs, and for what the other attacks refuse.
+    """
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError as error:
+        raise InputError("autoattack needs the package pyautoattack: pip install 'hessnb[attacks]'") from error
+    check_samples(model, x, y)
+    checks.inside((0.0, 1.0), x)
+    if isinstance(eps, Tensor):
+        raise InputError(f"eps has shape {tuple(eps.shape)}: AutoAttack takes one radius for all samples, a float")
+    checks.per_sample("eps", eps, x)
+    checks.among("norm", norm, list(_NORMS))
+    for name in attacks:
+        checks.among("attack", name, [*_STANDARD, "apgd-dlr", "fab"])
+    devices = [x.device] if x.device.type == "cuda" else []
+    trace = sys.gettrace()  # which the package's check for dynamic defences takes away
+    try:
+        with evaluation(model), torch.random.fork_rng(devices):
+            with torch.no_grad():
+                logits = model(x[:2].clone())
+            checks.warn_of_probabilities(logits)
+            classes = logits.shape[1]
+            if classes < 4 and {"apgd-t", "apgd-dlr"} & set(attacks):
+                raise InputError(
+                    f"{classes} classes: AutoAttack's DLR loss needs four; use attacks=('apgd-ce', 'fab', 'square')"
+                )
+            auto = AutoAttack(
+                model, attacks=list(attacks), device=x.device, eps=eps, norm=_NORMS[norm], seed=seed, version="custom"
+            )
+            # What version="standard" sets, and not more targets than there are other classes.
+            for attack in (auto.apgd, auto.fab, auto.apgd_targeted):
+                attack.n_restarts = 1
+            auto.fab.n_target_classes = auto.apgd_targeted.n_target_classes = min(9, classes - 1)
+            found, _ = auto.run_standard_evaluation(x.detach().clone(), y.long(), batch_size=batch_size)
+    finally:
+        sys.settrace(trace)
+    result: Tensor = found.detach()
+    return result

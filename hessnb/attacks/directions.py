@@ -1,0 +1,143 @@
+"""The directions in which the attacks step: the gradient, and the gradient preconditioned by the input Hessian.
+
+Gradients are taken of p - e_y scaled to length one, with p_y - 1 as minus the sum of the others: neither cancels nor
+underflows for a confident sample. Directions have no length, so their scale is of no account.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hessnb.attacks.ball import Norm, normalised
+from hessnb.attacks.loop import Point, Step, wrongness
+from hessnb.curvature.inputs import ClosedForm, closed_form
+from hessnb.curvature.inputs import _forward as differentiable
+from hessnb.curvature.inputs import _input_products as products
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def gradient(point: Point) -> Step:
+    """The gradient g of the loss (Goodfellow et al., 2015; the paper's equation 2.2)."""
+    leaf, logits = differentiable(point.forward, point.x)
+    (g,) = torch.autograd.grad(logits, leaf, _slope(logits, point.y).to(logits.dtype), materialize_grads=True)
+    g = g.flatten(1)
+    return Step(along=g, gradient=g)
+
+
+def conjugate_gradients(point: Point, *, steps: int, damping: float, tol: float) -> Step:
+    """(H + damping I)^-1 g by at most ``steps`` steps of conjugate gradients from zero, all samples side by side.
+
+    A sample stops at a residual of ``tol`` |g|, the forcing term of an inexact Newton method (Dembo et al., 1982), and
+    where the curvature along the next search direction is negative or at rounding level: with what it has, which is
+    the gradient at the first step (as Steihaug, 1983).
+    """
+    g = gradient(point).gradient
+    product = products(point.forward, point.x, point.y)
+    r = p = normalised(g.double())
+    s = torch.zeros_like(r)
+    left = _dot(r, r)
+    active, used = left > 0, torch.zeros_like(left, dtype=torch.int64)
+    largest = torch.zeros_like(left)
+    for _ in range(steps):
+        hp = product(p) + damping * p
+        # Rayleigh's quotient, by the unit direction: an underflow would pass for no curvature.
+        length = _dot(p, p)
+        quotient = _dot(p, hp) / length.clamp_min(torch.finfo(torch.float64).tiny)
+        largest = torch.maximum(largest, quotient)
+        alpha = left / (quotient * length)
+        broken = ~((quotient > EPS * largest) & torch.isfinite(alpha))
+        s = torch.where((active & broken & (used == 0))[:, None], r, s)
+        active = active & ~broken
+        alpha = torch.where(active, alpha, 0.0)[:, None]
+        s, r = s + alpha * p, r - alpha * torch.where(active[:, None], hp, 0.0)
+        used += active
+        before, left = left, _dot(r, r)
+        active = active & (left > tol**2) & (left > 0)
+        p = torch.where(active[:, None], r + (left / before.clamp_min(torch.finfo(torch.float64).tiny))[:, None] * p, p)
+        if not bool(active.any()):
+            break
+    return Step(along=s.to(g.dtype), gradient=g, cg_steps=used, residual=left.sqrt())
+
+
+def newton(point: Point, *, damping: float) -> Step:
+    """(H + damping I)^-1 g in closed form; for damping 0, H^+ g. For piecewise linear networks."""
+    form, slope, _ = _factorised(point)
+    g = _combined(form, slope)
+    solved = form.pseudo_inverse(g.double()) if damping == 0 else form.damped_inverse(g.double(), damping)
+    return Step(along=solved.to(g.dtype), gradient=g)
+
+
+def best_damping(point: Point, *, dampings: tuple[float, ...]) -> Step:
+    """Of (H + gamma I)^-1 g, with gamma these multiples of each sample's largest eigenvalue, that of largest loss."""
+    form, slope, _ = _factorised(point)
+    g = _combined(form, slope)
+    largest = torch.linalg.eigvalsh(form.small)[:, -1]
+    found, most = g, torch.full_like(largest, -math.inf)
+    for multiple in dampings:
+        along = g
+        if math.isfinite(multiple):
+            # Where nothing is curved, the gradient is all that there is.
+            gamma = torch.where(largest > 0, multiple * largest, 1.0)
+            along = form.pseudo_inverse(g.double()) if multiple == 0 else form.damped_inverse(g.double(), gamma)
+            along = math.copysign(1.0, multiple) * along.to(g.dtype)
+            along = torch.where(torch.isfinite(along).all(1, keepdim=True), along, g)
+        with torch.no_grad():
+            loss = wrongness(point.forward(point.move(along)), point.y)
+        better = loss > most
+        found, most = torch.where(better[:, None], along, found), torch.where(better, loss, most)
+    return Step(along=found, gradient=g)
+
+
+def nearest(point: Point, *, norm: Norm, damping: float) -> Step:
+    """Towards the class whose boundary is the nearest if the logits were linear: in pixels, or in H + gamma I.
+
+    The way to class j is w_j = grad s_j - grad s_y, its boundary lies (s_y - s_j) / |w_j| away, in the dual norm
+    (Moosavi-Dezfooli et al., 2016). With a finite ``damping``, gamma is this multiple of each sample's largest
+    eigenvalue, the way (H + gamma I)^-1 w_j, and the distance that of the metric H + gamma I.
+    """
+    form, slope, logits = _factorised(point)
+    g = _combined(form, slope)
+    n, c = logits.shape
+    s = logits.double()
+    largest = torch.linalg.eigvalsh(form.small)[:, -1]
+    found, least = g, torch.full((n,), math.inf, dtype=torch.float64, device=g.device)
+    for shift in range(1, c):
+        j = (point.y + shift) % c
+        choice = torch.zeros_like(s).scatter_(1, j[:, None], 1.0).scatter_(1, point.y[:, None], -1.0)
+        w = _combined(form, choice)
+        along = w
+        if math.isfinite(damping):
+            along = form.damped_inverse(w.double(), torch.where(largest > 0, damping * largest, 1.0)).to(w.dtype)
+            size = (w * along).sum(1).clamp_min(0).sqrt()
+        else:
+            size = torch.linalg.vector_norm(w, ord=1 if norm == "linf" else 2, dim=1)
+        distance = (s.gather(1, point.y[:, None]) - s.gather(1, j[:, None]))[:, 0] / size.double()
+        nearer = (size > 0) & (distance < least)
+        found, least = torch.where(nearer[:, None], along, found), torch.where(nearer, distance, least)
+    return Step(along=found, gradient=g)
+
+
+def _slope(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient p - e_y (n, c) of the loss by the logits, float64, scaled to length one."""
+    others = logits.detach().double().scatter(1, y[:, None], -torch.inf).softmax(1)
+    # p without p_y is (1 - p_y) times the softmax of the others, and p_y - 1 minus their sum.
+    return normalised(others.scatter(1, y[:, None], -1.0))
+
+
+def _factorised(point: Point) -> tuple[ClosedForm, Tensor, Tensor]:
+    leaf, logits = differentiable(point.forward, point.x)
+    return closed_form(leaf, logits), _slope(logits, point.y), logits.detach()
+
+
+def _combined(form: ClosedForm, weights: Tensor) -> Tensor:
+    """Return J^T w (n, d) for weights (n, c) of the logits that add up to zero: the reference class drops out."""
+    w = weights.gather(1, form.classes).to(form.rows.dtype)
+    return (w[:, None] @ form.rows)[:, 0]
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(1)

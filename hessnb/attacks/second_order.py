@@ -1,0 +1,153 @@
+"""Attacks with the input Hessian: FHSM and L2HESS of the paper's Table 5, and two that section 3.4 leaves open.
+
+g = J^T (p - e_y) lies in the range of H, and J H^+ g = const - e_y / p_y: the Newton step lowers the true logit
+against all other classes alike and does not see which one is near. `damped_newton` gives back how much of that is to
+be had, `nearest_class` asks the same curvature for the way to one class.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Literal
+
+from torch import Tensor, nn
+
+from hessnb.attacks import checks
+from hessnb.attacks.ball import Bounds, Norm
+from hessnb.attacks.directions import best_damping, conjugate_gradients, nearest, newton
+from hessnb.attacks.loop import Attack, Direction, Perturbation, Precision, Scale, perturb
+from hessnb.curvature.inputs import _check as check_samples
+from hessnb.curvature.inputs import require_piecewise_linear
+from hessnb.errors import InputError
+
+Solver = Literal["cg", "exact"]
+
+# From the Newton step to the gradient, by factors of ten.
+DAMPINGS = (0.0, *(10.0**k for k in range(-3, 3)), math.inf)
+
+
+@Attack
+def fhsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    solver: Solver = "cg",
+    cg_steps: int = 10,
+    damping: float = 0.0,
+    tol: float = 0.0,
+    bounds: Bounds = (0.0, 1.0),
+    precision: Precision = "float64",
+    batch_size: int | None = None,
+) -> Perturbation:
+    """Step by eps sign(s), (H + damping I) s = g: FHSM of Table 5. Linf radius eps. The solvers are `l2_hessian`'s."""
+    return perturb(
+        model, x, y, _solved(model, x, y, solver, cg_steps, damping, tol), eps=eps, norm="linf", bounds=bounds,
+        precision=precision, batch_size=batch_size,
+    )  # fmt: skip
+
+
+@Attack
+def l2_hessian(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    scale: Scale = "sqrt_dim",
+    solver: Solver = "cg",
+    cg_steps: int = 10,
+    damping: float = 0.0,
+    tol: float = 0.0,
+    bounds: Bounds = (0.0, 1.0),
+    precision: Precision = "float64",
+    batch_size: int | None = None,
+) -> Perturbation:
+    """Step along s / |s|, (H + damping I) s = g: L2HESS of Table 5. L2 radius eps sqrt(d), with ``scale="unit"`` eps.
+
+    ``solver="cg"``, as section 3.4 has it, takes at most ``cg_steps`` conjugate gradients from zero (one step gives
+    the gradient), fewer where a residual of ``tol`` |g| is reached first, on any network. "exact" solves in closed
+    form, with the pseudo-inverse for damping 0, on piecewise linear networks; others are an InputError, as are a
+    damping or a tol that is negative or not finite.
+    """
+    return perturb(
+        model, x, y, _solved(model, x, y, solver, cg_steps, damping, tol), eps=eps, norm="l2", scale=scale,
+        bounds=bounds, precision=precision, batch_size=batch_size,
+    )  # fmt: skip
+
+
+@Attack
+def damped_newton(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: Norm = "l2",
+    scale: Scale = "sqrt_dim",
+    dampings: tuple[float, ...] = DAMPINGS,
+    bounds: Bounds = (0.0, 1.0),
+    precision: Precision = "float64",
+    batch_size: int | None = None,
+) -> Perturbation:
+    """Step along (H + gamma I)^-1 g with the gamma, of a grid, that gives a sample the largest loss (section 3.4).
+
+    ``dampings`` are multiples of each sample's largest eigenvalue; 0 is the pseudo-inverse, infinity the gradient. All
+    follow from one closed form and cost a forward pass each. For "l2" the radius is that of `l2_hessian`, for "linf"
+    that of `fhsm`. For piecewise linear networks; others are an InputError.
+    """
+    _with_closed_form(model, x, y)
+    if not dampings or any(math.isnan(gamma) or gamma < 0 for gamma in dampings):
+        raise InputError(f"dampings = {dampings}: give at least one, each 0, positive or infinite")
+    return perturb(
+        model, x, y, partial(best_damping, dampings=dampings), eps=eps, norm=norm,
+        scale=scale if norm == "l2" else "unit", bounds=bounds, precision=precision, batch_size=batch_size,
+    )  # fmt: skip
+
+
+@Attack
+def nearest_class(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: Norm = "l2",
+    scale: Scale = "sqrt_dim",
+    damping: float = math.inf,
+    bounds: Bounds = (0.0, 1.0),
+    precision: Precision = "float64",
+    batch_size: int | None = None,
+) -> Perturbation:
+    """Step towards the class j whose boundary is the nearest for linear logits (section 3.4; DeepFool's first step,
+    Moosavi-Dezfooli et al., 2016): along w = grad s_j - grad s_y, with j of least (s_y - s_j) / |w| in the dual norm.
+
+    With a finite ``damping``, a multiple of each sample's largest eigenvalue, along (H + damping I)^-1 w, with j the
+    nearest in that metric. Radius and errors are those of `damped_newton`.
+    """
+    _with_closed_form(model, x, y)
+    if not damping > 0:
+        raise InputError(f"damping = {damping}: it must be positive; infinity is the distance in pixels")
+    return perturb(
+        model, x, y, partial(nearest, norm=norm, damping=damping), eps=eps, norm=norm,
+        scale=scale if norm == "l2" else "unit", bounds=bounds, precision=precision, batch_size=batch_size,
+    )  # fmt: skip
+
+
+def _solved(
+    model: nn.Module, x: Tensor, y: Tensor, solver: Solver, cg_steps: int, damping: float, tol: float
+) -> Direction:
+    checks.not_negative("damping", damping)
+    checks.among("solver", solver, ["cg", "exact"])
+    if solver == "cg":
+        steps = checks.at_least_one("cg_steps", cg_steps)
+        return partial(conjugate_gradients, steps=steps, damping=damping, tol=checks.not_negative("tol", tol))
+    _with_closed_form(model, x, y)
+    return partial(newton, damping=damping)
+
+
+def _with_closed_form(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    check_samples(model, x, y)
+    require_piecewise_linear(model, x, remedy="solver='cg', as fhsm and l2_hessian have it")
