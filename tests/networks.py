@@ -45,6 +45,9 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
     "conv": lambda: [
         nn.Conv2d(1, 2, 3), nn.ReLU(), nn.BatchNorm2d(2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 4),
     ],
+    "wide": lambda: [  # whose Jacobians have full rank
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.BatchNorm2d(6), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 4),
+    ],
     "residual": lambda: [
         ResidualBlock(1, 2, 2), ResidualBlock(2, 2, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8, 4),
     ],

@@ -29,7 +29,7 @@ def autoattack(
     seed: int = 0,
     batch_size: int = 250,
 ) -> Tensor:
-    """Return x (N, ...) with every sample that AutoAttack can have misclassified within ``eps`` replaced by what did it.
+    """Return x (N, ...), but samples that AutoAttack gets misclassified within ``eps`` as it changed them.
 
     The four attacks of the standard version run in turn, each on the samples that withstood the ones before it. Inputs
     (N, C, H, W) in [0, 1], ``eps`` one radius in pixels (L2: not scaled), in the network's precision, float32.

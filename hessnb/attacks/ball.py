@@ -41,16 +41,18 @@ class Ball:
         x = self.centre + offset.view_as(x)
         return x if self.bounds is None else x.clamp(*self.bounds)
 
-    def random(self, generator: torch.Generator) -> Tensor:
-        """Return points drawn uniformly from the ball, then clipped; one generator of the CPU for any device."""
-        n, d = self.centre.flatten(1).shape
-        draw = {"dtype": torch.float64, "generator": generator}
-        if self.norm == "linf":
-            offset = 2 * torch.rand(n, d, **draw) - 1  # type: ignore[call-overload]
-        else:
-            offset = normalised(torch.randn(n, d, **draw))  # type: ignore[call-overload]
-            offset = offset * torch.rand(n, 1, **draw) ** (1 / d)  # type: ignore[call-overload]
-        return self.project(self.centre + (self.radius[:, None] * offset.to(self.centre)).view_as(self.centre))
+    def inside(self, noise: Tensor) -> Tensor:
+        """Return the points of the ball that belong to points (n, d) of the unit ball, clipped."""
+        return self.project(self.centre + (self.radius[:, None] * noise.to(self.centre)).view_as(self.centre))
+
+
+def unit_ball(n: int, d: int, norm: Norm, generator: torch.Generator) -> Tensor:
+    """Return n points (n, d) drawn uniformly from the unit ball, float64; a generator of the CPU for any device."""
+    if norm == "linf":
+        return 2 * torch.rand(n, d, dtype=torch.float64, generator=generator) - 1
+    way = normalised(torch.randn(n, d, dtype=torch.float64, generator=generator))
+    distance: Tensor = torch.rand(n, 1, dtype=torch.float64, generator=generator) ** (1 / d)
+    return distance * way
 
 
 def normalised(v: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ def inside(bounds: Bounds, x: Tensor) -> None:
     least, most = float(x.min()), float(x.max())
     if least < low or most > high:
         raise InputError(
-            f"the inputs go from {least:g} to {most:g}, outside the bounds {bounds}: scale them, put normalisation into "
-            "the network's first layer, or give their bounds (None does not clip)"
+            f"the inputs go from {least:g} to {most:g}, outside the bounds {bounds}: scale them, put normalisation "
+            "into the network's first layer, or give their bounds (None does not clip)"
         )
 
 

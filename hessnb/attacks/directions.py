@@ -31,9 +31,9 @@ def gradient(point: Point) -> Step:
 def conjugate_gradients(point: Point, *, steps: int, damping: float, tol: float) -> Step:
     """(H + damping I)^-1 g by at most ``steps`` steps of conjugate gradients from zero, all samples side by side.
 
-    A sample stops at a residual of ``tol`` |g|, the forcing term of an inexact Newton method (Dembo et al., 1982), and
-    where the curvature along the next search direction is negative or at rounding level: with what it has, which is
-    the gradient at the first step (as Steihaug, 1983).
+    A sample stops at a residual of ``tol`` |g|, the forcing term of an inexact Newton method (Dembo et al., 1982), or
+    of rounding, since H is singular and noise would be solved for; and where the curvature along the next search
+    direction is negative or rounding: with what it has, at the first step the gradient (as Steihaug, 1983).
     """
     g = gradient(point).gradient
     product = products(point.forward, point.x, point.y)
@@ -42,6 +42,7 @@ def conjugate_gradients(point: Point, *, steps: int, damping: float, tol: float)
     left = _dot(r, r)
     active, used = left > 0, torch.zeros_like(left, dtype=torch.int64)
     largest = torch.zeros_like(left)
+    rounding = g.shape[1] * EPS
     for _ in range(steps):
         hp = product(p) + damping * p
         # Rayleigh's quotient, by the unit direction: an underflow would pass for no curvature.
@@ -49,14 +50,14 @@ def conjugate_gradients(point: Point, *, steps: int, damping: float, tol: float)
         quotient = _dot(p, hp) / length.clamp_min(torch.finfo(torch.float64).tiny)
         largest = torch.maximum(largest, quotient)
         alpha = left / (quotient * length)
-        broken = ~((quotient > EPS * largest) & torch.isfinite(alpha))
+        broken = ~((quotient > rounding * largest) & torch.isfinite(alpha))
         s = torch.where((active & broken & (used == 0))[:, None], r, s)
         active = active & ~broken
         alpha = torch.where(active, alpha, 0.0)[:, None]
         s, r = s + alpha * p, r - alpha * torch.where(active[:, None], hp, 0.0)
         used += active
         before, left = left, _dot(r, r)
-        active = active & (left > tol**2) & (left > 0)
+        active = active & (left > max(tol, rounding) ** 2)
         p = torch.where(active[:, None], r + (left / before.clamp_min(torch.finfo(torch.float64).tiny))[:, None] * p, p)
         if not bool(active.any()):
             break

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hessnb.attacks import checks
-from hessnb.attacks.ball import Ball, Bounds, Norm, normalised
+from hessnb.attacks.ball import Ball, Bounds, Norm, normalised, unit_ball
 from hessnb.curvature.inputs import _check as check_samples
 from hessnb.curvature.inputs import _evaluation as evaluation
 from hessnb.curvature.inputs import _in_float64 as in_float64
@@ -120,22 +120,25 @@ def perturb(
         batch_size = 50 if x.device.type == "cpu" else 1000
     unit = math.sqrt(x[0].numel()) if scale == "sqrt_dim" else 1.0
     generator = generator or torch.Generator().manual_seed(0)
-    parts = []
+    checks.at_least_one("batch_size", batch_size)
+    kept: list[Perturbation] = []
     with evaluation(model):
         with torch.no_grad():
             checks.warn_of_probabilities(model(x[:2].clone()))
         forward, dtype = in_float64(model, x) if precision == "float64" else (model, x.dtype)
-        for given, labels, r, h in zip(
-            *(t.split(checks.at_least_one("batch_size", batch_size)) for t in (x.detach(), y.long(), radius, length)),
-            strict=True,
-        ):
-            ball = Ball(given.to(dtype), unit * r.to(dtype), norm, bounds)
-            walk = partial(_walk, forward, labels, direction, ball, unit * h.to(dtype), steps, given)
-            found = walk(ball.centre)
-            for _ in range(restarts - 1):
-                found = _worse(forward, labels, found, walk(ball.random(generator)), dtype)
-            parts.append(found)
-    return _map(lambda *values: torch.cat(values), *parts)
+        columns = [t.split(batch_size) for t in (x.detach(), y.long(), unit * radius, unit * length)]
+        for restart in range(restarts):
+            # For all samples at once, so that chunks are of no account.
+            noise = unit_ball(len(x), x[0].numel(), norm, generator).split(batch_size) if restart else None
+            for i, (given, labels, r, h) in enumerate(zip(*columns, strict=True)):
+                ball = Ball(given.to(dtype), r.to(dtype), norm, bounds)
+                start = ball.inside(noise[i]) if noise else ball.centre
+                found = _walk(forward, labels, direction, ball, h.to(dtype), steps, given, start)
+                if restart:
+                    kept[i] = _worse(forward, labels, kept[i], found, dtype)
+                else:
+                    kept.append(found)
+    return _map(lambda *values: torch.cat(values), *kept)
 
 
 def wrongness(logits: Tensor, y: Tensor) -> Tensor:

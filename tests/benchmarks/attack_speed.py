@@ -1,0 +1,149 @@
+"""Speed of hessnb's attacks: the closed form against conjugate gradients, and gradient attacks against foolbox.
+
+    python tests/benchmarks/attack_speed.py [--only NAME ...] [--rounds 5] [--threads 1] [--publish FILE]
+
+exact      L2HESS in closed form against 10 steps of conjugate gradients, hessnb's own (asked: 5 times as fast)
+gradient   FGSM against one gradient of the loss, which it needs (asked: no more than 1.1 gradients)
+foolbox    FGSM, BIM with 10 steps and the L2 step against foolbox's (asked: none slower)
+
+The network is M1, trained here to a loss of 0.02 on 5,000 MNIST digits, the samples MNIST test digits. Runs alternate
+in one process; ratios are the other's seconds over hessnb's, round by round. The gradient and foolbox compute in
+float64 on a network that was converted before, in batches of the size that hessnb takes, and get the same result to
+1e-12; hessnb is given the float32 network and its conversion counts. So do its checks. Seconds are those of the
+processor, summed over threads. Nothing is asserted. Needs MNIST (HESSNB_DATA) and foolbox: pip install -e '.[bench]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import foolbox
+import peers
+import torch
+import torch.nn.functional as F
+from curvature_speed import Row, compared, line, network, publish
+from peers import alternate
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from hessnb import data
+from hessnb.attacks import fgsm, fgsm_iterated, l2_gradient, l2_hessian
+from hessnb.experiments.provenance import provenance
+
+BATCH = 50  # what hessnb takes on a CPU unless told otherwise
+EPS = 0.1
+
+
+def digits(chosen: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    test = data.load("mnist", n_test=chosen.digits).test
+    return test.images, test.labels
+
+
+def in_float64() -> nn.Module:
+    return copy.deepcopy(network()).double().requires_grad_(False)
+
+
+def against(
+    chosen: argparse.Namespace,
+    name: str,
+    what: str,
+    peer: str,
+    ours: Callable[[], Tensor],
+    theirs: Callable[[], Tensor],
+) -> Row:
+    """Return the row of two attacks, run in turns after once for warming up."""
+    subjects = {"ours": ours, "peer": theirs}
+    alternate(1, subjects)
+    seconds, found = alternate(chosen.rounds, subjects)
+    row = compared(name, what, peer, seconds["ours"], seconds["peer"])
+    apart = float((found["ours"].double() - found["peer"].double()).abs().max())
+    return {**row, "notes": [f"the results differ by at most {apart:.1e}"]}
+
+
+def exact(chosen: argparse.Namespace) -> list[Row]:
+    run = partial(l2_hessian, network(), *digits(chosen), eps=EPS)
+    what = f"L2HESS in closed form, M1, {chosen.digits:,} digits"
+    return [against(chosen, "attack-exact", what, "10 steps of CG", partial(run, solver="exact"), run)]
+
+
+def gradient(chosen: argparse.Namespace) -> list[Row]:
+    x, y = digits(chosen)
+    model = in_float64()
+
+    def one_gradient() -> Tensor:
+        parts = []
+        for part, labels in zip(x.double().split(BATCH), y.split(BATCH), strict=True):
+            leaf = part.clone().requires_grad_()
+            (g,) = torch.autograd.grad(F.cross_entropy(model(leaf), labels, reduction="sum"), leaf)
+            parts.append(g)
+        return torch.cat(parts)
+
+    what = f"FGSM, M1, {chosen.digits:,} digits"
+    ours = partial(fgsm, network(), x, y, eps=EPS)
+    row = against(chosen, "attack-gradient", what, "one gradient of the loss", ours, one_gradient)
+    row["notes"] = [f"in gradients: {1 / row['ratio']['median']:.3g}"]
+    return [row]
+
+
+def foolbox_attacks(chosen: argparse.Namespace) -> list[Row]:
+    x, y = digits(chosen)
+    bounded = foolbox.PyTorchModel(in_float64(), bounds=(0, 1), device="cpu")
+    radius = EPS * x[0].numel() ** 0.5
+    attacks = {
+        "fgsm": (fgsm, foolbox.attacks.LinfFastGradientAttack(), EPS),
+        "bim": (fgsm_iterated, foolbox.attacks.LinfBasicIterativeAttack(rel_stepsize=0.1, steps=10), EPS),
+        "l2": (l2_gradient, foolbox.attacks.L2FastGradientAttack(), radius),
+    }
+    rows = []
+    for name, (ours, attack, epsilon) in attacks.items():
+
+        def theirs(attack: foolbox.Attack = attack, epsilon: float = epsilon) -> Tensor:
+            parts = zip(x.double().split(BATCH), y.split(BATCH), strict=True)
+            return torch.cat([attack.run(bounded, part, labels, epsilon=epsilon) for part, labels in parts])
+
+        # In float64 on both sides, so that the results can be compared.
+        mine = partial(ours, in_float64(), x.double(), y, eps=EPS)
+        what = f"{name.upper()}, M1, {chosen.digits:,} digits"
+        rows.append(against(chosen, f"attack-foolbox-{name}", what, peers.version("foolbox"), mine, theirs))
+    return rows
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "exact": exact,
+    "gradient": gradient,
+    "foolbox": foolbox_attacks,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help="rows to measure")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--digits", type=int, default=1000, help="MNIST test digits")
+    parser.add_argument("--publish", type=Path, metavar="FILE", help="JSON file to put the rows into")
+    chosen = parser.parse_args()
+    threadpool_limits(chosen.threads)
+    torch.set_num_threads(chosen.threads)
+    rows: list[Row] = []
+    for name in chosen.only:
+        started = time.perf_counter()
+        measured = ROWS[name](chosen)
+        facts = provenance(device=torch.device("cpu"), seed=0, seconds=time.perf_counter() - started)
+        rows += [{**row, "provenance": facts} for row in measured]
+        if chosen.publish:
+            publish(rows, chosen.publish)
+    print(f"torch {torch.__version__}, {chosen.threads} threads; seconds of hessnb and of the other, other / hessnb")
+    for row in rows:
+        print(line(row))
+        for note in row["notes"]:
+            print(f"    {note}")
+
+
+if __name__ == "__main__":
+    main()
