@@ -31,7 +31,9 @@ from hessnb.attacks import (
     nearest_class,
     pgd,
 )
+from hessnb.attacks.ball import Norm
 from hessnb.attacks.loop import Attack, wrongness
+from hessnb.attacks.second_order import Solver
 from hessnb.curvature import input_hessian, input_hessian_solve
 from hessnb.data import Splits
 from hessnb.errors import InputError
@@ -142,7 +144,8 @@ def test_damped_cg_solves_the_damped_system() -> None:
     H, g = input_hessian(model, x, y), gradient(model, x, y).flatten(1)
     damping = 0.01
     expected = along(torch.linalg.solve(H + damping * torch.eye(64, dtype=H.dtype), g))
-    for solver in ("cg", "exact"):
+    solvers: tuple[Solver, ...] = ("cg", "exact")
+    for solver in solvers:
         found = l2_hessian.record(model, x, y, eps=0.1, solver=solver, cg_steps=10, damping=damping, bounds=None)
         torch.testing.assert_close(along(offset(found.x_adv, x)), expected, rtol=0, atol=1e-9)
 
@@ -161,7 +164,7 @@ def test_the_newton_step_lowers_the_true_logit_against_all_others_alike() -> Non
     model, (x, y) = network("wide"), samples(8)
     s = input_hessian_solve(model, x, gradient(model, x, y))
     with eval_mode(model):
-        logits, change = torch.func.jvp(model, (x,), (s,))
+        logits, change = torch.func.jvp(model, (x,), (s,))  # type: ignore[misc]
     p = logits.softmax(1).gather(1, y[:, None])
     others = change.scatter(1, y[:, None], 0.0)
     const = others.sum(1, keepdim=True) / 3
@@ -172,7 +175,7 @@ def test_the_newton_step_lowers_the_true_logit_against_all_others_alike() -> Non
 
 
 @pytest.mark.parametrize("solver", ["cg", "exact"])
-def test_infinite_damping_is_the_gradient_attack(solver: str) -> None:
+def test_infinite_damping_is_the_gradient_attack(solver: Solver) -> None:
     model, (x, y) = network("wide"), samples(8)
     damped = partial(l2_hessian, model, x, y, eps=0.1, solver=solver, damping=1e12)
     torch.testing.assert_close(damped(), l2_gradient(model, x, y, eps=0.1), rtol=0, atol=1e-10)
@@ -186,7 +189,8 @@ def test_a_second_order_step_ascends(kind: str, cg_steps: int) -> None:
     model, (x, y) = network(kind), samples(23)
     g = gradient(model, x, y).flatten(1)
     for damping in (0.0, 0.1):
-        for solver in ("cg", "exact"):
+        solvers: tuple[Solver, ...] = ("cg", "exact")
+        for solver in solvers:
             record = l2_hessian.record(
                 model, x, y, eps=0.1, solver=solver, cg_steps=cg_steps, damping=damping, bounds=None
             )
@@ -207,17 +211,17 @@ def linear(classes: int = 4, d: int = 6) -> nn.Module:
 
 
 @pytest.mark.parametrize(("norm", "dual"), [("l2", 2), ("linf", 1)])
-def test_nearest_class_reaches_the_boundary_of_a_linear_model_with_least_effort(norm: str, dual: int) -> None:
+def test_nearest_class_reaches_the_boundary_of_a_linear_model_with_least_effort(norm: Norm, dual: int) -> None:
     model = linear()
     x = torch.rand(30, 1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     s = model(x).detach()
     y = s.argmax(1)
     weight = model[1].weight.detach()  # type: ignore[index]
     distances = torch.full_like(s, math.inf)
-    for j in range(4):
-        w = torch.linalg.vector_norm(weight[j] - weight[y], ord=dual, dim=1)
-        distances[:, j] = torch.where(y == j, math.inf, (s.gather(1, y[:, None])[:, 0] - s[:, j]) / w)
-    least, j = distances.min(1)
+    for other in range(4):
+        w = torch.linalg.vector_norm(weight[other] - weight[y], ord=dual, dim=1)
+        distances[:, other] = torch.where(y == other, math.inf, (s.gather(1, y[:, None])[:, 0] - s[:, other]) / w)
+    least, j = distances.amin(1), distances.argmin(1)
     found = nearest_class(model, x, y, eps=least, norm=norm, scale="unit", bounds=None)
     reached = model(found).detach()
     torch.testing.assert_close(reached.gather(1, y[:, None]), reached.gather(1, j[:, None]), rtol=0, atol=1e-12)
@@ -268,7 +272,8 @@ def test_damped_newton_takes_the_damping_of_largest_loss() -> None:
 @pytest.mark.parametrize("n", [1, 3, 8])
 def test_neither_batch_nor_chunks_matter(attack: str, n: int) -> None:
     """Random starts are drawn per sample too, but are of the place in the batch: pgd has one start here."""
-    run = partial(pgd, norm=attack.split()[1], steps=3) if attack.startswith("pgd") else ALL[attack]
+    run = ALL[attack]
+    run = partial(run, restarts=1) if attack.startswith("pgd") else run
     model, (x, y) = network("wide"), samples(8)
     whole = run(model, x, y, eps=0.1)
     part = run(model, x[:n], y[:n], eps=0.1)
@@ -375,12 +380,11 @@ def test_each_sample_stops_cg_at_the_forcing_term() -> None:
 
 def dead() -> nn.Module:
     """Return a network that is constant where the pixels are small."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.ReLU(), nn.Linear(3, 4)).double()
+    layer = nn.Linear(64, 3)
     with torch.no_grad():
-        model[1].weight.fill_(1.0)  # type: ignore[union-attr]
-        model[1].weight += 0.1 * torch.eye(3, 64, dtype=torch.float64)  # type: ignore[union-attr,operator]
-        model[1].bias.fill_(-10.0)  # type: ignore[union-attr]
-    return model
+        layer.weight.copy_(1.0 + 0.1 * torch.eye(3, 64))
+        layer.bias.fill_(-10.0)
+    return nn.Sequential(nn.Flatten(), layer, nn.ReLU(), nn.Linear(3, 4)).double()
 
 
 @pytest.mark.parametrize("attack", ALL)
@@ -513,28 +517,28 @@ def test_bad_arguments_are_refused(attack: str, fault: str, untouched: Untouched
 
 
 @pytest.mark.parametrize(
-    ("run", "message"),
+    ("run", "options", "message"),
     [
-        (partial(fgsm_iterated, steps=0), "steps = 0"),
-        (partial(fgsm_iterated, step_size=-1.0), "step_size = -1"),
-        (partial(l2_gradient, scale="d"), "unknown scale"),
-        (partial(pgd, norm="l1"), "unknown norm"),
-        (partial(pgd, restarts=0), "restarts = 0"),
-        (partial(pgd, steps=0), "steps = 0"),
-        (partial(fhsm, solver="newton"), "unknown solver"),
-        (partial(fhsm, cg_steps=0), "cg_steps = 0"),
-        (partial(l2_hessian, damping=-1.0), "damping = -1"),
-        (partial(l2_hessian, damping=math.nan), "damping = nan"),
-        (partial(l2_hessian, tol=-1.0), "tol = -1"),
-        (partial(damped_newton, dampings=()), "at least one"),
-        (partial(damped_newton, dampings=(-1.0,)), "dampings"),
-        (partial(nearest_class, damping=0.0), "damping = 0"),
+        (fgsm_iterated, {"steps": 0}, "steps = 0"),
+        (fgsm_iterated, {"step_size": -1.0}, "step_size = -1"),
+        (l2_gradient, {"scale": "d"}, "unknown scale"),
+        (pgd, {"norm": "l1"}, "unknown norm"),
+        (pgd, {"restarts": 0}, "restarts = 0"),
+        (pgd, {"steps": 0}, "steps = 0"),
+        (fhsm, {"solver": "newton"}, "unknown solver"),
+        (fhsm, {"cg_steps": 0}, "cg_steps = 0"),
+        (l2_hessian, {"damping": -1.0}, "damping = -1"),
+        (l2_hessian, {"damping": math.nan}, "damping = nan"),
+        (l2_hessian, {"tol": -1.0}, "tol = -1"),
+        (damped_newton, {"dampings": ()}, "at least one"),
+        (damped_newton, {"dampings": (-1.0,)}, "dampings"),
+        (nearest_class, {"damping": 0.0}, "damping = 0"),
     ],
 )
-def test_bad_options_are_refused(run: Callable[..., Tensor], message: str) -> None:
+def test_bad_options_are_refused(run: Callable[..., Tensor], options: dict[str, object], message: str) -> None:
     model, (x, y) = network("wide"), samples(4)
     with pytest.raises(InputError, match=message):
-        run(model, x, y, eps=0.1)
+        run(model, x, y, eps=0.1, **options)
 
 
 @pytest.mark.parametrize("attack", ALL)
@@ -586,11 +590,16 @@ def test_probabilities_instead_of_logits_are_warned_of(attack: str) -> None:
 
 def test_pgd_is_at_least_as_strong_as_one_step(digits: Splits, tiny_m1: nn.Module) -> None:
     x, y = digits.test.images[:20], digits.test.labels[:20]
-    for norm, single in (("linf", fgsm), ("l2", l2_gradient)):
-        one = single(tiny_m1, x, y, eps=0.05)
-        many = pgd(tiny_m1, x, y, eps=0.05, norm=norm, scale="unit" if norm == "linf" else "sqrt_dim", steps=10)
+    pairs = (
+        (fgsm(tiny_m1, x, y, eps=0.05), pgd(tiny_m1, x, y, eps=0.05, steps=10)),
+        (
+            l2_gradient(tiny_m1, x, y, eps=0.05),
+            pgd(tiny_m1, x, y, eps=0.05, norm="l2", scale="sqrt_dim", steps=10),
+        ),
+    )
+    for pair in pairs:
         with eval_mode(tiny_m1):
-            losses = [F.cross_entropy(tiny_m1(x_adv), y) for x_adv in (one, many)]
+            losses = [F.cross_entropy(tiny_m1(x_adv), y) for x_adv in pair]
         assert losses[1] > losses[0]
 
 

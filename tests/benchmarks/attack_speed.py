@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import foolbox
 import peers
@@ -94,7 +95,7 @@ def foolbox_attacks(chosen: argparse.Namespace) -> list[Row]:
     x, y = digits(chosen)
     bounded = foolbox.PyTorchModel(in_float64(), bounds=(0, 1), device="cpu")
     radius = EPS * x[0].numel() ** 0.5
-    attacks = {
+    attacks: dict[str, tuple[Callable[..., Tensor], Any, float]] = {
         "fgsm": (fgsm, foolbox.attacks.LinfFastGradientAttack(), EPS),
         "bim": (fgsm_iterated, foolbox.attacks.LinfBasicIterativeAttack(rel_stepsize=0.1, steps=10), EPS),
         "l2": (l2_gradient, foolbox.attacks.L2FastGradientAttack(), radius),
@@ -102,7 +103,7 @@ def foolbox_attacks(chosen: argparse.Namespace) -> list[Row]:
     rows = []
     for name, (ours, attack, epsilon) in attacks.items():
 
-        def theirs(attack: foolbox.Attack = attack, epsilon: float = epsilon) -> Tensor:
+        def theirs(attack: Any = attack, epsilon: float = epsilon) -> Tensor:
             parts = zip(x.double().split(BATCH), y.split(BATCH), strict=True)
             return torch.cat([attack.run(bounded, part, labels, epsilon=epsilon) for part, labels in parts])
 
