@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 import hessnb
 from hessnb import notebooks, pages
 from hessnb.errors import InputError, RunFailed
-from hessnb.experiments.grid import load_profile
+from hessnb.experiments.profile import load_profile
 from hessnb.experiments.provenance import device_name
 from hessnb.experiments.store import store_root, write_whole
 

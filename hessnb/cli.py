@@ -17,7 +17,9 @@ import hessnb
 from hessnb import data
 from hessnb.errors import InputError, RunFailed
 from hessnb.experiments import grid, record, status
-from hessnb.experiments.run import Report, compute
+from hessnb.experiments.measure import Report
+from hessnb.experiments.profile import load_profile, profile_names
+from hessnb.experiments.run import compute
 from hessnb.experiments.store import Store
 
 console = Console()
@@ -91,7 +93,7 @@ def run(artefacts: tuple[str, ...], profile: str, seeds: int | None, device: str
     One seed is finished for all of its batch sizes before the next one starts. Finished epochs and results are kept:
     interrupt it when you like and give the same command again.
     """
-    loaded = grid.load_profile(profile)
+    loaded = load_profile(profile)
     tasks = grid.plan([grid.artefact(name) for name in artefacts], loaded, seeds)
     with _progress() as report:
         outcomes = compute(Store(store), tasks, device=device, report=report)
@@ -111,8 +113,8 @@ def status_command(profile: str, seeds: int | None, all_profiles: bool, store: P
     """Say for each artefact what is there, what is missing, and about how long the rest will take on this machine."""
     table = Table("Artefact", "Profile", "Seeds", "State", "Networks", "Measures", "Left")
     opened = Store(store)
-    for name in grid.profile_names() if all_profiles else [profile]:
-        for line in status.lines(opened, grid.load_profile(name), seeds):
+    for name in profile_names() if all_profiles else [profile]:
+        for line in status.lines(opened, load_profile(name), seeds):
             table.add_row(
                 line.artefact, line.profile, str(line.seeds), line.state,
                 f"{line.runs_done}/{line.runs}", f"{line.measures_done}/{line.measures}", line.left,
@@ -130,7 +132,7 @@ def record_command(artefacts: tuple[str, ...], profile: str, store: Path | None,
     folder = into or record.record_root()
     if folder is None:
         raise InputError("there is no book around this folder; name the record's folder with --into")
-    changed = record.publish(Store(store), folder, grid.load_profile(profile), artefacts)
+    changed = record.publish(Store(store), folder, load_profile(profile), artefacts)
     for path in changed:
         _say(f"wrote {path}")
     _say(f"{len(changed)} file(s) changed in {folder}")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hessnb.curvature import InputCurvature
 from hessnb.data import Splits
-from hessnb.experiments.run import Outcome, load_data
+from hessnb.experiments.networks import load_data
+from hessnb.experiments.run import Outcome
 from hessnb.models import layers
 from hessnb.paper.published import published
 
@@ -108,9 +109,12 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
     return figure
 
 
-def lambda1_against_batch(live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
-    """Show the dominant eigenvalue on training and test set against batch size: live, recorded, and the paper's."""
-    paper = published("table7")
+def lambda1_against_batch(table: str, live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
+    """Show the dominant eigenvalue on training and test set against batch size: live, recorded, and the paper's.
+
+    The paper's are those of ``table`` for the network of ``live``.
+    """
+    paper = published(table).loc[live[0].task.spec.model.name]
     with style():
         figure, axes = _new(2, width=7.0, share_y=True)
         for axis, split in zip(axes, ("train", "test"), strict=True):

@@ -9,7 +9,8 @@ from typing import Any
 import nbformat
 
 from hessnb.errors import InputError
-from hessnb.experiments.grid import ARTEFACTS, load_profile
+from hessnb.experiments.grid import ARTEFACTS
+from hessnb.experiments.profile import load_profile
 from hessnb.experiments.record import recorded
 from hessnb.paper.tables import NOT_MEASURED
 

@@ -24,6 +24,9 @@ from hessnb.models import eval_mode
 # Samples per forward pass of an evaluation: large enough to be fast, small enough for any network here.
 EVALUATION_BATCH = 1000
 
+# Called with the network, the inputs (N, C, H, W) and labels (N,) of a minibatch; returns the inputs to train on.
+Perturbation = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -116,13 +119,16 @@ def train(
     data: Splits,
     recipe: Recipe,
     *,
+    perturbation: Perturbation | None = None,
     state: State | None = None,
     on_epoch: Callable[[State], None] | None = None,
 ) -> State:
     """Train ``model`` in place on ``data.train`` by minimising the mean cross-entropy, and return the final state.
 
-    ``state`` resumes an earlier training; ``on_epoch`` is called with the state at the end of each epoch (its tensors
-    are the live ones: copy or save them before returning). Model and data must be on one device.
+    With a ``perturbation`` each step is taken on inputs perturbed for the network as it is then: adversarial training
+    (the paper's Algorithm 1), if the perturbation is an attack. ``state`` resumes an earlier training; ``on_epoch`` is
+    called with the state at the end of each epoch (its tensors are the live ones: copy or save them before returning).
+    Model and data must be on one device.
 
     Raises InputError for a batch size larger than the training set, and Diverged when the loss is not finite.
     """
@@ -141,7 +147,8 @@ def train(
         lr = recipe.lr_at(state.epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        train_epoch(model, train_set, optimizer, recipe.batch_size, _order(len(train_set), recipe.seed, state.epoch))
+        order = _order(len(train_set), recipe.seed, state.epoch)
+        train_epoch(model, train_set, optimizer, recipe.batch_size, order, perturbation)
         train_loss, train_accuracy = evaluate(model, train_set)
         test_loss, test_accuracy = evaluate(model, data.test)
         seconds = time.perf_counter() - started
@@ -168,11 +175,19 @@ def _momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tens
 
 
 def train_epoch(
-    model: nn.Module, data: Split, optimizer: torch.optim.Optimizer, batch_size: int, order: Tensor
+    model: nn.Module,
+    data: Split,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    order: Tensor,
+    perturbation: Perturbation | None = None,
 ) -> None:
     """Take one pass of optimiser steps over ``data`` in the given order of sample indices (N,)."""
     for index in order.to(data.labels.device).split(batch_size):
-        loss = F.cross_entropy(model(data.images[index]), data.labels[index])
+        images, labels = data.images[index], data.labels[index]
+        if perturbation is not None:
+            images = perturbation(model, images, labels)
+        loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -17,11 +17,13 @@ from hessnb import models, training
 from hessnb.curvature import EigenResult, HessianOperator, Progress, lanczos
 from hessnb.data import Splits
 from hessnb.errors import InputError, RunFailed
-from hessnb.experiments import grid, record, run, status
+from hessnb.experiments import grid, measure, networks, record, run, status
+from hessnb.experiments.profile import load_profile
 from hessnb.experiments.spec import DataSpec, ModelSpec, PowerIteration, RunSpec, Spectrum
 from hessnb.experiments.store import Store
+from hessnb.paper import large_batch
 from hessnb.paper.published import published as published_table
-from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, provenance, stopping, table7, table7_record
+from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, provenance, stopping
 from hessnb.training import Recipe
 
 
@@ -29,12 +31,12 @@ from hessnb.training import Recipe
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store in which table7 of the smoke profile has been computed."""
     store = Store(tmp_path_factory.mktemp("smoke") / "store")
-    run.compute(store, grid.artefact("table7").tasks(grid.load_profile("smoke")))
+    run.compute(store, grid.artefact("table7").tasks(load_profile("smoke")))
     return store
 
 
 def tasks() -> list[grid.Task]:
-    return grid.artefact("table7").tasks(grid.load_profile("smoke"))
+    return grid.artefact("table7").tasks(load_profile("smoke"))
 
 
 def test_outcomes_are_complete_and_the_target_is_reached(smoke: Store) -> None:
@@ -49,32 +51,34 @@ def test_outcomes_are_complete_and_the_target_is_reached(smoke: Store) -> None:
 
 def test_second_call_computes_nothing(smoke: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "train", lambda *args, **kwargs: pytest.fail("trained again"))
-    monkeypatch.setattr(run, "lanczos", lambda *args, **kwargs: pytest.fail("measured again"))
+    monkeypatch.setattr(measure, "lanczos", lambda *args, **kwargs: pytest.fail("measured again"))
     assert all(outcome.complete for outcome in run.compute(smoke, tasks()))
 
 
 def test_recorded_numbers_are_those_of_the_network(smoke: Store) -> None:
     outcome = run.look_up(smoke, tasks())[0]
     spec = outcome.task.spec
-    model = run.trained_model(smoke, spec)
-    splits = run.load_data(spec.data, "cpu")
+    model = networks.trained_model(smoke, spec)
+    splits = networks.load_data(spec.data, "cpu")
     assert outcome.result is not None
     last = outcome.result.history[-1]
     assert training.evaluate(model, splits.test) == (last.test_loss, last.test_accuracy)
-    for measure, found in outcome.measurements.items():
-        split = splits.train if measure.split == "train" else splits.test
+    spectra = {m: found for m, found in outcome.measurements.items() if isinstance(m, Spectrum)}
+    assert len(spectra) == 2
+    for spectrum, found in spectra.items():
+        split = splits.train if spectrum.split == "train" else splits.test
         operator = HessianOperator(model, F.cross_entropy, split.batches(64))
         top = found.values["eigenvalues"]
         v = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(1))
         for _ in range(200):  # an independent method: plain power iteration
             v = F.normalize(operator.matvec(v), dim=0)
         assert float(v @ operator.matvec(v)) == pytest.approx(top[0], rel=2e-3)
-        assert max(found.values["residuals"]) <= measure.tol
+        assert max(found.values["residuals"]) <= spectrum.tol
         assert found.values["n_samples"] == len(split)
 
 
 def test_blocks_and_power_iteration_are_measured_on_the_same_networks(smoke: Store) -> None:
-    profile = grid.load_profile("smoke")
+    profile = load_profile("smoke")
     plan = grid.plan([grid.artefact(name) for name in ("table7", "layers", "stopping")], profile)
     assert {task.spec for task in plan} == {task.spec for task in tasks()}
     outcomes = run.compute(smoke, plan)
@@ -97,8 +101,8 @@ def test_interrupted_spectrum_goes_on_from_what_was_kept_and_ends_in_the_same_nu
     smoke: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = tasks()[0]
-    measure = Spectrum(split="train", k=4, tol=1e-3)
-    whole = run.measure_run(smoke, task.spec, measure)
+    spectrum = Spectrum(split="train", k=4, tol=1e-3)
+    whole = run.measure_run(smoke, task.spec, spectrum)
     store = Store(tmp_path / "store")
     run.train_run(store, task.spec)
     solve = partial(lanczos, save_seconds=0.0)
@@ -119,16 +123,16 @@ def test_interrupted_spectrum_goes_on_from_what_was_kept_and_ends_in_the_same_nu
 
     monkeypatch.setattr(HessianOperator, "matvec", counted)
     for limit in (6, 9):
-        monkeypatch.setattr(run, "lanczos", until(limit))
+        monkeypatch.setattr(measure, "lanczos", until(limit))
         with pytest.raises(KeyboardInterrupt):
-            run.measure_run(store, task.spec, measure)
-        assert store.partial(task.spec, measure) is not None
+            run.measure_run(store, task.spec, spectrum)
+        assert store.partial(task.spec, spectrum) is not None
         assert store.check() == []
-    monkeypatch.setattr(run, "lanczos", solve)
-    resumed = run.measure_run(store, task.spec, measure)
+    monkeypatch.setattr(measure, "lanczos", solve)
+    resumed = run.measure_run(store, task.spec, spectrum)
     assert resumed.values == whole.values
     assert len(products) <= whole.values["n_matvecs"] + 2  # one for each interruption
-    assert store.partial(task.spec, measure) is None
+    assert store.partial(task.spec, spectrum) is None
     assert not list(store.root.rglob("*.partial.*"))
 
 
@@ -165,14 +169,14 @@ def test_batch_larger_than_the_set_is_an_input_error_and_leaves_no_result(tmp_pa
 
 def test_missing_data_set_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HESSNB_DATA", str(tmp_path))
-    run.load_data.cache_clear()
+    networks.load_data.cache_clear()
     spec = RunSpec(data=DataSpec(name="mnist"), model=ModelSpec(name="M1"), recipe=Recipe(64, 0.01, 0.9, 1, 0))
     with pytest.raises(InputError, match="hessnb data fetch mnist"):
         run.train_run(Store(tmp_path / "store"), spec)
 
 
 def test_record_is_deterministic_complete_and_without_orphans(smoke: Store, tmp_path: Path) -> None:
-    profile = grid.load_profile("smoke")
+    profile = load_profile("smoke")
     written = record.publish(smoke, tmp_path, profile)
     assert record.publish(smoke, tmp_path, profile) == []
     found = record.recorded("table7", "smoke", tmp_path)
@@ -187,7 +191,7 @@ def test_committed_record_resolves_in_the_grid() -> None:
     folder = record.record_root()
     assert folder is not None
     for profile_folder in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else []:
-        profile = grid.load_profile(profile_folder.name)
+        profile = load_profile(profile_folder.name)
         known = {
             f"{task.spec.slug}/{name}"
             for artefact in grid.ARTEFACTS.values()
@@ -201,22 +205,22 @@ def test_committed_record_resolves_in_the_grid() -> None:
 
 
 def test_status_says_what_is_there_and_estimates_the_rest(smoke: Store) -> None:
-    there = {line.artefact: line for line in status.lines(smoke, grid.load_profile("smoke"))}
+    there = {line.artefact: line for line in status.lines(smoke, load_profile("smoke"))}
     assert there["table7"].state == "there"
     assert there["table7"].left == "nothing"
-    more = {line.artefact: line for line in status.lines(smoke, grid.load_profile("smoke"), 2)}
+    more = {line.artefact: line for line in status.lines(smoke, load_profile("smoke"), 2)}
     assert more["table7"].state == "partly there"
     assert (more["table7"].runs_done, more["table7"].runs) == (2, 4)
     assert more["table7"].left.startswith("about ")
-    none = {line.artefact: line for line in status.lines(smoke, grid.load_profile("paper"), 1)}
+    none = {line.artefact: line for line in status.lines(smoke, load_profile("paper"), 1)}
     assert none["fig1"].state == "missing"
     assert "not known" in none["fig1"].left
 
 
 def test_published_table_is_the_papers() -> None:
     table = published_table("table7")
-    assert list(table.index) == [64, 128, 256, 512, 1024, 2048]
-    row, last = dict(table.loc[64]), dict(table.loc[2048])
+    assert list(table.index) == [("M1", size) for size in (64, 128, 256, 512, 1024, 2048)]
+    row, last = ({c: table[c][("M1", size)] for c in table.columns} for size in (64, 2048))
     assert [row[name] for name in ("lambda1_train", "lambda1_test", "accuracy_test")] == [0.49, 2.96, 99.21]
     assert [last[name] for name in ("lambda1_train", "lambda1_test", "adversarial_0.05_test")] == [44.3, 49.36, 94]
     with pytest.raises(InputError, match="table12"):
@@ -225,11 +229,12 @@ def test_published_table_is_the_papers() -> None:
 
 def test_table_shows_ours_beside_the_papers_and_says_what_is_missing(smoke: Store) -> None:
     outcomes = run.look_up(smoke, tasks())
-    table = table7(outcomes, name="tab-x", caption="a caption")
+    table = large_batch.curvature("table7", outcomes, name="tab-x", caption="a caption")
     assert [row[0] for row in table.rows] == ["20", "100"]
     first = next(iter(outcomes[0].measurements.values())).values["eigenvalues"][0]
-    assert table.rows[0][3].startswith(f"{first:.2f} (")
-    empty = table7([replace(outcomes[0], result=None, measurements={})], name="tab-y", caption="a caption")
+    assert table.rows[0][3].startswith(f"{first:.3g} (")
+    nothing = [replace(outcomes[0], result=None, measurements={})]
+    empty = large_batch.curvature("table7", nothing, name="tab-y", caption="a caption")
     assert empty.rows[0][1] == empty.rows[0][3] == NOT_MEASURED
     markdown, page = table._repr_markdown_(), table._repr_html_()
     assert ":name: tab-x" in markdown
@@ -238,21 +243,22 @@ def test_table_shows_ours_beside_the_papers_and_says_what_is_missing(smoke: Stor
 
 
 def test_recorded_table_has_a_row_for_each_batch_size_of_the_paper() -> None:
-    assert [row[0] for row in table7_record().rows] == ["64", "128", "256", "512", "1024", "2048"]
+    table = large_batch.curvature("table7", record.recorded_rows("table7"), name="tab-x", caption="a caption")
+    assert [row[0] for row in table.rows] == ["64", "128", "256", "512", "1024", "2048"]
 
 
 def test_spread_is_the_sample_standard_deviation() -> None:
-    assert mean_and_spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
-    assert mean_and_spread([1.25], 2) == "1.25"
-    assert mean_and_spread([], 2) == NOT_MEASURED
+    assert mean_and_spread([1.0, 2.0, 3.0], "{:.1f}") == "2.0 ± 1.0"
+    assert mean_and_spread([1.25], "{:.2f}") == "1.25"
+    assert mean_and_spread([], "{:.2f}") == NOT_MEASURED
 
 
 def test_training_on_all_of_mnist_starts_as_the_paper_has_it(published: Callable[[str], Splits]) -> None:
     """One epoch of the paper's batch-64 row: the whole path on the published data (the full row takes half an hour)."""
     splits = published("mnist")
-    task = grid.artefact("table7").tasks(grid.load_profile("paper"), 1)[0]
+    task = grid.artefact("table7").tasks(load_profile("paper"), 1)[0]
     assert (len(splits.train), len(splits.test)) == (60_000, 10_000)
-    model: nn.Module = run.new_model(task.spec, len(splits.classes))
+    model: nn.Module = networks.new_model(task.spec, len(splits.classes))
     recipe = replace(task.spec.recipe, max_epochs=1)
     state = training.train(model, splits, recipe)
     assert state.history[0].test_accuracy > 0.97

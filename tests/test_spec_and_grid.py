@@ -7,9 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from hessnb.attacks import ATTACKS
 from hessnb.errors import InputError
 from hessnb.experiments import grid
-from hessnb.experiments.spec import DataSpec, ModelSpec, PowerIteration, RunSpec, Spectrum, parse_measure
+from hessnb.experiments.profile import load_profile, profile_names
+from hessnb.experiments.spec import (
+    AttackAccuracy,
+    AttackSpec,
+    DataSpec,
+    InputCurvature,
+    ModelSpec,
+    PowerIteration,
+    RunSpec,
+    Spectrum,
+    parse_measure,
+)
+from hessnb.paper.published import published
 from hessnb.training import Recipe
 
 RECIPE = Recipe(batch_size=64, lr=0.01, momentum=0.9, max_epochs=10, seed=0, loss_target=0.001)
@@ -46,6 +59,10 @@ def test_absent_fields_do_not_enter_the_key() -> None:
         ({"data": {"name": "mnist", "n_train": "100"}}, "n_train"),
         ({"recipe": {"batch_size": 0, "lr": 0.1, "momentum": 0.9, "max_epochs": 1, "seed": 0}}, "batch_size"),
         ({"recipe": {"batch_size": 8, "speed": 1}}, "speed"),
+        ({"attack": {"method": "FGSM", "eps": 0.1, "clip": False}}, "parent"),
+        ({"attack": {"method": "CW", "eps": 0.1, "clip": False}}, "CW"),
+        ({"attack": {"method": "FGSM", "eps": 0.1, "clip": False, "cg_steps": 3}}, "cg_steps"),
+        ({"parent": SPEC.model_dump(mode="json")}, "attack"),
         ({"colour": "blue"}, "colour"),
     ],
 )
@@ -56,9 +73,9 @@ def test_wrong_specification_is_one_line_that_names_the_fault(content: dict[str,
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", grid.profile_names())
+@pytest.mark.parametrize("name", profile_names())
 def test_every_profile_and_artefact_resolves(name: str) -> None:
-    profile = grid.load_profile(name)
+    profile = load_profile(name)
     assert profile.name == name
     for artefact in grid.ARTEFACTS.values():
         tasks = artefact.tasks(profile, 2)
@@ -67,18 +84,75 @@ def test_every_profile_and_artefact_resolves(name: str) -> None:
 
 
 def test_paper_profile_is_the_papers_table_seven() -> None:
-    profile = grid.load_profile("paper")
+    profile = load_profile("paper")
     specs = [task.spec for task in grid.artefact("table7").tasks(profile, 1)]
     assert [spec.recipe.batch_size for spec in specs] == [64, 128, 256, 512, 1024, 2048]
     assert {(s.data, s.model, s.recipe.loss_target) for s in specs} == {
         (DataSpec(name="mnist"), ModelSpec(name="M1"), 0.001)
     }
     measures = grid.artefact("table7").tasks(profile, 1)[0].measures
-    assert measures == (Spectrum(split="train", k=20, tol=1e-4), Spectrum(split="test", k=1, tol=1e-4))
+    assert measures[:2] == (Spectrum(split="train", k=20, tol=1e-4), Spectrum(split="test", k=1, tol=1e-4))
+    assert measures[2:4] == (InputCurvature(split="train"), InputCurvature(split="test"))
+    attacks = [m for m in measures if isinstance(m, AttackAccuracy)]
+    assert [(m.split, m.attack) for m in attacks] == [
+        (split, AttackSpec(method="FGSM", eps=eps, clip=True)) for eps in (0.2, 0.1, 0.05) for split in grid.SPLITS
+    ]
+    assert measures[4:] == tuple(attacks)
+
+
+@pytest.mark.parametrize(
+    ("name", "networks", "sizes", "target"),
+    [
+        ("table1", ["C1"] * 8 + ["C2"] * 4, [16, 32, 64, 128, 256, 512, 1024, 2048, 256, 512, 1024, 2048], 0.001),
+        ("table2", ["CR"] * 4, [64, 128, 256, 512], 0.02),
+    ],
+)
+def test_paper_profile_is_the_papers_other_tables_of_batch_sizes(
+    name: str, networks: list[str], sizes: list[int], target: float
+) -> None:
+    tasks = grid.artefact(name).tasks(load_profile("paper"), 1)
+    assert [task.spec.model.name for task in tasks] == networks
+    assert [task.spec.recipe.batch_size for task in tasks] == sizes
+    assert {task.spec.recipe.loss_target for task in tasks} == {target}
+    assert list(published(name).index) == list(zip(networks, sizes, strict=True))
+    eps = {m.attack.eps for task in tasks for m in task.measures if isinstance(m, AttackAccuracy)}
+    assert eps == {0.02, 0.01, 0.005}
+
+
+@pytest.mark.parametrize(("name", "eps", "epochs"), [("table3", 0.1, 5), ("table4", 0.02, 10)])
+def test_paper_profile_trains_against_each_attack_and_tests_all_on_all(name: str, eps: float, epochs: int) -> None:
+    original, *robust = grid.artefact(name).tasks(load_profile("paper"), 1)
+    assert original.spec.parent is None
+    assert (original.spec.recipe.max_epochs, original.spec.recipe.lr, original.spec.recipe.decay_every) == (
+        100,
+        0.01,
+        5,
+    )
+    assert [task.spec.attack.method for task in robust if task.spec.attack] == list(ATTACKS)
+    for task in robust:
+        assert task.spec.parent == original.spec
+        assert task.spec.recipe.max_epochs == epochs
+        attacks = [m for m in task.measures if isinstance(m, AttackAccuracy)]
+        assert {(m.attack.method, m.source) for m in attacks} == {
+            (method, source) for method in ATTACKS for source in (None, original.spec)
+        }
+        assert {(m.attack.eps, m.attack.clip, m.split) for m in attacks} == {(eps, False, "test")}
+        assert {m.attack.cg_steps for m in attacks if m.attack.method in ("FHSM", "L2HESS")} == {3}
+
+
+@pytest.mark.parametrize("profile", profile_names())
+def test_every_artefact_has_tasks_under_every_profile_and_parents_come_first(profile: str) -> None:
+    plan = grid.plan(list(grid.ARTEFACTS.values()), load_profile(profile), 1)
+    specs = [task.spec for task in plan]
+    assert len(set(specs)) == len(specs)
+    for place, task in enumerate(plan):
+        assert task.measures
+        if task.spec.parent is not None:
+            assert task.spec.parent in specs[:place]
 
 
 def test_figure_and_table_share_their_runs_and_spectra() -> None:
-    profile = grid.load_profile("quick")
+    profile = load_profile("quick")
     table, figure = (grid.artefact(name).tasks(profile, 1) for name in ("table7", "fig1"))
     assert [task.spec for task in table] == [task.spec for task in figure]
     assert all(set(f.measures) <= set(t.measures) for t, f in zip(table, figure, strict=True))
@@ -101,25 +175,26 @@ def _with(tmp_path: Path, old: str, new: str) -> Path:
         ("lr = 0.05", "lr = -0.05", "lr"),
         ("batch_sizes = [20, 100]", 'batch_sizes = ["20"]', "batch_sizes"),
         ("batch_sizes = [20, 100]", "batch_sizes = []", "batch_sizes"),
-        ("[large_batch.M1]", "[large_batch.C1]", "M1"),
+        ("[large_batch.M1]", "[large_batch.M2]", "M1"),
+        ("[adversarial.C3]", "[adversarial.C4]", "C3"),
         ("seeds = 1", "seeds = = 1", "TOML"),
     ],
 )
 def test_wrong_profile_is_one_line_that_names_the_fault(tmp_path: Path, old: str, new: str, named: str) -> None:
     with pytest.raises(InputError, match=named) as error:
-        grid.load_profile(_with(tmp_path, old, new))
+        load_profile(_with(tmp_path, old, new))
     assert "\n" not in str(error.value)
 
 
 def test_own_profile_is_read_from_its_path(tmp_path: Path) -> None:
-    profile = grid.load_profile(_with(tmp_path, "seeds = 1", "seeds = 4"))
+    profile = load_profile(_with(tmp_path, "seeds = 1", "seeds = 4"))
     assert (profile.name, profile.seeds) == ("mine", 4)
 
 
 @pytest.mark.parametrize("name", ["huge", "no/such/file.toml"])
 def test_unknown_profile_is_an_input_error(name: str) -> None:
     with pytest.raises(InputError, match=name):
-        grid.load_profile(name)
+        load_profile(name)
 
 
 def test_unknown_artefact_lists_what_there_is() -> None:
@@ -129,7 +204,7 @@ def test_unknown_artefact_lists_what_there_is() -> None:
 
 def test_seeds_must_be_positive() -> None:
     with pytest.raises(InputError, match="seeds = 0"):
-        grid.artefact("fig1").tasks(grid.load_profile("smoke"), 0)
+        grid.artefact("fig1").tasks(load_profile("smoke"), 0)
 
 
 def test_measures_are_told_apart_by_their_kind_and_a_new_field_changes_no_key() -> None:
@@ -150,7 +225,7 @@ def test_unknown_or_wrong_measure_names_where_it_was_found(content: object) -> N
 
 
 def test_layers_artefact_measures_each_layer_of_the_smallest_and_largest_batch() -> None:
-    profile = grid.load_profile("quick")
+    profile = load_profile("quick")
     found = grid.artefact("layers").tasks(profile, 1)
     assert [task.spec.recipe.batch_size for task in found] == [16, 256]
     assert [m.parameters for m in found[0].measures if isinstance(m, Spectrum)] == ["0", "3", "7", "9"]

@@ -36,8 +36,16 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
     "L2HESS": l2_hessian,
 }
 
+# Further attacks of equal size: iterated, and the two that section 3.4 leaves as future work.
+BEYOND: dict[str, Callable[..., Tensor]] = {
+    "PGD": pgd,
+    "DAMPED": damped_newton,
+    "NEAREST": nearest_class,
+}
+
 __all__ = [
     "ATTACKS",
+    "BEYOND",
     "Attack",
     "Perturbation",
     "autoattack",

@@ -139,7 +139,7 @@ def model_and_loss(
             raise InputError(f"the loss is not a scalar ({shape}); use a batch mean: reduction='mean'")
         if not torch.isfinite(loss):
             raise InputError(
-                f"the loss of the first batch is {loss.item()}; look for overflow in the model's outputs, or class weights"
+                f"the loss of the first batch is {loss.item()}; look for overflow in the outputs, or class weights"
             )
         if abs(loss - loss_fn(outputs, y)) > 1e3 * eps * abs(loss):
             raise InputError("the loss is random: it differs when it is computed twice from the same outputs")

@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-
-from pydantic import Field, PositiveFloat, PositiveInt
 
 from hessnb import models
+from hessnb.attacks import ATTACKS, BEYOND
 from hessnb.errors import InputError, unknown
-from hessnb.experiments.spec import DataSpec, Frozen, Measure, ModelSpec, PowerIteration, RunSpec, Spectrum
-from hessnb.training import Recipe
-
-
-class LargeBatch(Frozen):
-    """One network of section 3.1, trained at several batch sizes with the same learning rate to the same loss."""
-
-    data: DataSpec
-    model: ModelSpec
-    batch_sizes: tuple[PositiveInt, ...] = Field(min_length=1, strict=False)
-    lr: PositiveFloat
-    momentum: float = Field(ge=0, lt=1)
-    loss_target: PositiveFloat
-    max_epochs: PositiveInt
-
-    def spec(self, batch_size: int, seed: int) -> RunSpec:
-        """Return the run of one batch size and seed."""
-        recipe = Recipe(
-            batch_size=batch_size,
-            lr=self.lr,
-            momentum=self.momentum,
-            max_epochs=self.max_epochs,
-            seed=seed,
-            loss_target=self.loss_target,
-        )
-        return RunSpec(data=self.data, model=self.model, recipe=recipe)
-
-
-class SpectrumSettings(Frozen):
-    """How many eigenvalues of the training loss, and how exact (relative residual)."""
-
-    k: PositiveInt
-    tol: PositiveFloat
-
-
-class Profile(Frozen):
-    """The scale at which the grid is computed; one TOML file each, in ``hessnb/experiments/profiles``."""
-
-    name: str
-    about: str
-    seeds: PositiveInt
-    large_batch: dict[str, LargeBatch]
-    spectrum: SpectrumSettings
+from hessnb.experiments.profile import AdversarialTraining, Profile
+from hessnb.experiments.spec import (
+    SECOND_ORDER,
+    AttackAccuracy,
+    AttackSpec,
+    InputCurvature,
+    Measure,
+    PowerIteration,
+    RunSpec,
+    Spectrum,
+    SplitName,
+)
 
 
 @dataclass(frozen=True)
@@ -65,13 +30,17 @@ class Task:
     measures: tuple[Measure, ...]
 
 
+# From a profile and a seed to the tasks that these need.
+Tasks = Callable[[Profile, int], list[Task]]
+
+
 @dataclass(frozen=True)
 class Artefact:
     """A table or figure, the paper's or ours: its name, what it shows, and the tasks that it needs for one seed."""
 
     name: str
     title: str
-    tasks_of_seed: Callable[[Profile, int], list[Task]]
+    tasks_of_seed: Tasks
 
     def tasks(self, profile: Profile, seeds: int | None = None) -> list[Task]:
         """Return the tasks for seeds 0 to ``seeds`` - 1 (default: the profile's number); see `plan`."""
@@ -92,13 +61,113 @@ def plan(artefacts: Sequence[Artefact], profile: Profile, seeds: int | None = No
     return list(merged.values())
 
 
-def _table7(profile: Profile, seed: int) -> list[Task]:
-    m1, spectrum = profile.large_batch["M1"], profile.spectrum
-    measures = (
-        Spectrum(split="train", k=spectrum.k, tol=spectrum.tol),
-        Spectrum(split="test", k=1, tol=spectrum.tol),
-    )
-    return [Task(m1.spec(batch_size, seed), measures) for batch_size in m1.batch_sizes]
+SPLITS: tuple[SplitName, ...] = ("train", "test")
+
+
+def _large_batch(name: str, k: int | None = None) -> Tasks:
+    """Return the tasks of a network's rows in Tables 1, 2 and 7, with ``k`` training eigenvalues (None: all)."""
+
+    def tasks(profile: Profile, seed: int) -> list[Task]:
+        network, spectrum = profile.large_batch[name], profile.spectrum
+        attacks = [AttackSpec(method="FGSM", eps=eps, clip=True) for eps in network.eps]
+        measures: tuple[Measure, ...] = (
+            Spectrum(split="train", k=k or spectrum.k, tol=spectrum.tol),
+            Spectrum(split="test", k=1, tol=spectrum.tol),
+            *(InputCurvature(split=split) for split in SPLITS),
+            *(AttackAccuracy(split=split, attack=attack) for attack in attacks for split in SPLITS),
+        )
+        return [Task(network.spec(batch_size, seed), measures) for batch_size in network.batch_sizes]
+
+    return tasks
+
+
+def _table1(profile: Profile, seed: int) -> list[Task]:
+    return [*_large_batch("C1")(profile, seed), *_large_batch("C2", 1)(profile, seed)]
+
+
+def _adversarial(name: str) -> Tasks:
+    """Return the tasks of Tables 3 and 4: each network under each attack on the original network, and on itself."""
+
+    def tasks(profile: Profile, seed: int) -> list[Task]:
+        settings = profile.adversarial[name]
+        original = settings.original(seed)
+        attacks = [settings.attack(method) for method in ATTACKS]
+        transferred = [AttackAccuracy(split="test", attack=attack, source=original) for attack in attacks]
+        white_box = [AttackAccuracy(split="test", attack=attack) for attack in attacks]
+        robust = [settings.robust(method, seed) for method in ATTACKS]
+        return [
+            Task(original, tuple(white_box)),
+            *(Task(network, (*transferred, *white_box)) for network in robust),
+        ]
+
+    return tasks
+
+
+def _on_original(name: str, attacks: Callable[[AdversarialTraining], Sequence[AttackSpec]]) -> Tasks:
+    """Return the tasks of accuracies on the test set under ``attacks`` on an original network of section 3.3."""
+
+    def tasks(profile: Profile, seed: int) -> list[Task]:
+        settings = profile.adversarial[name]
+        measures = tuple(AttackAccuracy(split="test", attack=attack) for attack in attacks(settings))
+        return [Task(settings.original(seed), measures)]
+
+    return tasks
+
+
+def _both(attacks: Callable[[AdversarialTraining], Sequence[AttackSpec]]) -> Tasks:
+    """Return these tasks for M1 and for C3."""
+    return lambda profile, seed: [task for name in ("M1", "C3") for task in _on_original(name, attacks)(profile, seed)]
+
+
+def _five(settings: AdversarialTraining) -> list[AttackSpec]:
+    return [settings.attack(method) for method in ATTACKS]
+
+
+def _changed(attack: AttackSpec, **changes: object) -> AttackSpec:
+    return attack.model_copy(update=changes)
+
+
+def _apart(settings: AdversarialTraining) -> list[AttackSpec]:
+    """Return the five attacks: as Tables 3 and 4 have them, clipped, in the network's precision, of radius eps."""
+    five = _five(settings)
+    l2 = [attack for attack in five if attack.method in ("L2GRAD", "L2HESS")]
+    return [
+        *five,
+        *(_changed(attack, clip=True) for attack in five),
+        *(_changed(attack, precision="own") for attack in five),
+        *(_changed(attack, scale="unit") for attack in l2),
+    ]
+
+
+# Conjugate gradient steps of the sweep; one is the gradient itself.
+CG_STEPS = (1, 2, 3, 5, 10)
+
+
+def _cg(settings: AdversarialTraining) -> list[AttackSpec]:
+    """Return the second-order attacks after some steps and exactly."""
+    attacks = [settings.attack(method) for method in SECOND_ORDER]
+    iterated = [_changed(attack, cg_steps=steps) for attack in attacks for steps in CG_STEPS]
+    return [*iterated, *(_changed(attack, cg_steps=None, solver="exact") for attack in attacks)]
+
+
+# Multiples of the paper's eps at which the curves are drawn.
+MULTIPLES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+
+
+def _curves(settings: AdversarialTraining) -> list[AttackSpec]:
+    """Return the five attacks at several sizes, clipped."""
+    return [
+        _changed(attack, eps=round(multiple * settings.eps, 6), clip=True)
+        for attack in _five(settings)
+        for multiple in MULTIPLES
+    ]
+
+
+def _section34(settings: AdversarialTraining) -> list[AttackSpec]:
+    """Return gradient, second-order and preconditioned attacks of equal size, not clipped."""
+    exact = [_changed(settings.attack(method), cg_steps=None, solver="exact") for method in SECOND_ORDER]
+    beyond = [AttackSpec(method=method, eps=settings.eps, clip=False) for method in BEYOND]
+    return [settings.attack("FGSM"), settings.attack("L2GRAD"), *exact, *beyond]
 
 
 def _fig1(profile: Profile, seed: int) -> list[Task]:
@@ -136,7 +205,17 @@ def _stopping(profile: Profile, seed: int) -> list[Task]:
 ARTEFACTS = {
     artefact.name: artefact
     for artefact in (
-        Artefact("table7", "M1 on MNIST: accuracy and dominant Hessian eigenvalue against batch size", _table7),
+        Artefact("table1", "C1, C2 on CIFAR-10: accuracy, curvature and robustness against batch size", _table1),
+        Artefact(
+            "table2", "CR on CIFAR-100: accuracy, curvature and robustness against batch size", _large_batch("CR", 1)
+        ),
+        Artefact("table3", "M1 on MNIST: five adversarial trainings under five attacks", _adversarial("M1")),
+        Artefact("table4", "C3 on CIFAR-10: five adversarial trainings under five attacks", _adversarial("C3")),
+        Artefact("table5", "The five attacks: clipping, precision, radius (M1)", _on_original("M1", _apart)),
+        Artefact("cg", "Second-order attacks from one conjugate gradient step to the inverse", _both(_cg)),
+        Artefact("eps", "Accuracy under the five attacks against their size", _both(_curves)),
+        Artefact("section34", "Gradient, second-order and preconditioned attacks of equal size", _both(_section34)),
+        Artefact("table7", "M1 on MNIST: accuracy, curvature and robustness against batch size", _large_batch("M1")),
         Artefact("fig1", "Top 20 Hessian eigenvalues against batch size (M1, right)", _fig1),
         Artefact("layers", "Hessian eigenvalues layer by layer, smallest and largest batch (M1)", _layers),
         Artefact("stopping", "The paper's power iteration beside certified eigenvalues (M1)", _stopping),
@@ -149,36 +228,3 @@ def artefact(name: str) -> Artefact:
     if name not in ARTEFACTS:
         raise unknown("artefact", name, list(ARTEFACTS))
     return ARTEFACTS[name]
-
-
-def profile_names() -> list[str]:
-    """Return the names of the profiles that come with the package, smallest scale first."""
-    return ["smoke", "quick", "laptop", "paper"]
-
-
-def load_profile(name: str | Path) -> Profile:
-    """Read a profile: the name of one that comes with the package, or the path of a ``.toml`` file of one's own.
-
-    Raises InputError for an unknown name, a file that cannot be read, or an unknown or ill-typed key.
-    """
-    text_name = str(name)
-    if text_name.endswith(".toml"):
-        path = Path(text_name)
-        try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"profile {path} cannot be read: {error}") from error
-        text_name = path.stem
-    elif text_name in profile_names():
-        text = (resources.files("hessnb.experiments") / "profiles" / f"{text_name}.toml").read_text()
-    else:
-        raise unknown("profile", text_name, [*profile_names(), "a path that ends in .toml"])
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"profile {name} is not valid TOML: {error}") from error
-    profile = Profile.parse({"name": text_name, **content}, f"profile {name}")
-    missing = {"M1"} - profile.large_batch.keys()
-    if missing:
-        raise InputError(f"profile {name}: large_batch has no {', '.join(sorted(missing))}")
-    return profile

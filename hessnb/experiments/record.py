@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hessnb.errors import InputError
-from hessnb.experiments.grid import ARTEFACTS, Profile, artefact, load_profile
+from hessnb.experiments.grid import ARTEFACTS, artefact
+from hessnb.experiments.profile import Profile, load_profile
 from hessnb.experiments.run import Outcome, look_up
 from hessnb.experiments.spec import Measure, RunSpec
 from hessnb.experiments.store import (
@@ -81,6 +82,13 @@ def recorded(name: str, profile: str = "paper", folder: Path | None = None) -> l
     folder = folder or record_root()
     loaded = load_profile(profile)
     return _all_seeds(Record(folder / loaded.name), name, loaded) if folder else []
+
+
+def recorded_rows(name: str, profile: str = "paper") -> list[Outcome]:
+    """Return what the record holds of an artefact under a profile, and an empty outcome for each run that it lacks."""
+    found = {outcome.task.spec: outcome for outcome in recorded(name, profile)}
+    planned = [Outcome(task, None, {}) for task in artefact(name).tasks(load_profile(profile), 1)]
+    return [*found.values(), *(outcome for outcome in planned if outcome.task.spec not in found)]
 
 
 def _all_seeds(source: Results, name: str, profile: Profile) -> list[Outcome]:

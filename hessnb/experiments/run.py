@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from hessnb import data, models, training
-from hessnb.curvature import EigenResult, HessianOperator, KrylovState, Progress, lanczos, power_iteration
+from hessnb import data, training
 from hessnb.errors import RunFailed
-from hessnb.experiments.grid import Task, artefact, load_profile
+from hessnb.experiments.grid import Task, artefact
+from hessnb.experiments.measure import Report, measured, silent
+from hessnb.experiments.networks import attack_function, load_data, new_model, trained_model
+from hessnb.experiments.profile import load_profile
 from hessnb.experiments.provenance import provenance
-from hessnb.experiments.spec import DataSpec, Measure, RunSpec, Spectrum
+from hessnb.experiments.spec import (
+    Measure,
+    RunSpec,
+    Spectrum,
+)
 from hessnb.experiments.store import Measurement, Results, RunResult, Store
 from hessnb.training import State
-
-# Samples per minibatch of a Hessian-vector product: on a CPU the fastest of 100 to 2,500 for M1; a GPU wants more.
-HESSIAN_BATCH = {"cpu": 250, "cuda": 2000}
-
-# Called with what is being done ("M1-mnist-b64-s0: training"), the share that is done, and a detail ("loss 0.012").
-Report = Callable[[str, float, str], None]
-
-
-def _silent(what: str, share: float, detail: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def look_up(source: Results, tasks: Sequence[Task]) -> list[Outcome]:
 
 
 def compute(
-    store: Store, tasks: Sequence[Task], *, device: str | torch.device = "cpu", report: Report = _silent
+    store: Store, tasks: Sequence[Task], *, device: str | torch.device = "cpu", report: Report = silent
 ) -> list[Outcome]:
     """Compute what is missing of each task, in order, and return all outcomes.
 
@@ -108,9 +101,7 @@ def results(
     return outcomes
 
 
-def train_run(
-    store: Store, spec: RunSpec, *, device: torch.device | str = "cpu", report: Report = _silent
-) -> RunResult:
+def train_run(store: Store, spec: RunSpec, *, device: torch.device | str = "cpu", report: Report = silent) -> RunResult:
     """Return the ended training of ``spec``, after training it, or going on with it, if the store lacks it."""
     if found := store.result(spec):
         return found
@@ -123,7 +114,14 @@ def train_run(
             return found
         recipe = spec.recipe
         state = store.checkpoint(spec)
-        model = new_model(spec, len(splits.classes)).to(where)
+        if spec.parent is None:
+            model = new_model(spec, len(splits.classes)).to(where)
+        else:
+            parent = train_run(store, spec.parent, device=where, report=report)
+            if parent.status == "failed":
+                raise RunFailed(f"{spec.label}: its parent failed: {parent.reason}")
+            model = trained_model(store, spec.parent, where)
+        perturbation = attack_function(spec.attack) if spec.attack else None
 
         def after_epoch(state: State) -> None:
             store.save_checkpoint(spec, state)
@@ -131,7 +129,7 @@ def train_run(
             report(label, _share_done(state, recipe), f"epoch {last.epoch}, loss {last.train_loss:.4f}")
 
         try:
-            state = training.train(model, splits, recipe, state=state, on_epoch=after_epoch)
+            state = training.train(model, splits, recipe, perturbation=perturbation, state=state, on_epoch=after_epoch)
             reached = training.reached_target(state.history, recipe)
             reason = "loss target reached" if reached else f"{recipe.max_epochs} epochs done"
             status = "done"
@@ -151,7 +149,7 @@ def train_run(
 
 
 def measure_run(
-    store: Store, spec: RunSpec, measure: Measure, *, device: torch.device | str = "cpu", report: Report = _silent
+    store: Store, spec: RunSpec, measure: Measure, *, device: torch.device | str = "cpu", report: Report = silent
 ) -> Measurement:
     """Return what ``measure`` gives on the trained network of ``spec``, computing it if the store lacks it."""
     if found := store.measurement(spec, measure):
@@ -163,73 +161,12 @@ def measure_run(
         started = time.perf_counter()
         label = f"{spec.label}: {measure.label}"
         report(label, 0.0, "")
-        model = trained_model(store, spec, where)
-        operator = _operator(model, spec, measure, where)
-        if isinstance(measure, Spectrum):
-            found_pairs = _lanczos(operator, store, spec, measure, report, label)
-        else:
-            found_pairs = power_iteration(operator, measure.k, measure.tol)
-        values: dict[str, object] = {
-            "eigenvalues": found_pairs.eigenvalues.tolist(),
-            "residuals": found_pairs.residuals.tolist(),
-            "n_matvecs": found_pairs.n_matvecs,
-            "converged": found_pairs.converged,
-            "n_samples": operator.n_samples,
-        }
+        values = measured(store, spec, measure, where, report, label)
         seconds = time.perf_counter() - started
         measurement = Measurement(measure, values, provenance(device=where, seed=spec.recipe.seed, seconds=seconds))
         store.save_measurement(spec, measurement)
     report(label, 1.0, "")
     return measurement
-
-
-def new_model(spec: RunSpec, num_classes: int) -> nn.Module:
-    """Return the untrained network of ``spec``, its initial weights drawn from the recipe's seed."""
-    return models.build(
-        spec.model.name,
-        num_classes=num_classes,
-        width=1.0 if spec.model.width is None else spec.model.width,
-        variant=spec.model.variant,
-        seed=spec.recipe.seed,
-    )
-
-
-def trained_model(store: Store, spec: RunSpec, device: torch.device | str = "cpu") -> nn.Module:
-    """Return the trained network of ``spec`` in eval mode; raise InputError if the store does not have it."""
-    weights = store.weights(spec)
-    model = new_model(spec, len(load_data(spec.data, str(device)).classes))
-    model.load_state_dict(weights)
-    return model.to(device).eval()
-
-
-@lru_cache(maxsize=2)
-def load_data(spec: DataSpec, device: str) -> data.Splits:
-    """Return the data of a specification on a device; the last two are kept in memory."""
-    return data.load(spec.name, n_train=spec.n_train, n_test=spec.n_test, device=device)
-
-
-def _operator(model: nn.Module, spec: RunSpec, measure: Measure, device: torch.device) -> HessianOperator:
-    splits = load_data(spec.data, str(device))
-    split = splits.train if measure.split == "train" else splits.test
-    block = [measure.parameters] if isinstance(measure, Spectrum) and measure.parameters else None
-    return HessianOperator(model, F.cross_entropy, split.batches(HESSIAN_BATCH[device.type]), parameters=block)
-
-
-def _lanczos(
-    operator: HessianOperator, store: Store, spec: RunSpec, measure: Spectrum, report: Report, label: str
-) -> EigenResult:
-    """Solve for a spectrum, going on from what the store kept of an interrupted solve."""
-
-    def progress(told: Progress) -> None:
-        share = 0.0 if told.remaining is None else told.n_matvecs / (told.n_matvecs + told.remaining)
-        report(label, share, str(told))
-
-    def save(state: KrylovState) -> None:
-        store.save_partial(spec, measure, {field.name: getattr(state, field.name) for field in fields(KrylovState)})
-
-    kept = store.partial(spec, measure)
-    state = KrylovState(**kept) if kept else None
-    return lanczos(operator, measure.k, measure.tol, progress=progress, state=state, save=save)
 
 
 def _share_done(state: State, recipe: training.Recipe) -> float:

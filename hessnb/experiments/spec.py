@@ -21,8 +21,14 @@ from pydantic import (
 )
 
 from hessnb import data, models
+from hessnb.attacks import ATTACKS, BEYOND
 from hessnb.errors import InputError, unknown
 from hessnb.training import Recipe
+
+SplitName = Literal["train", "test"]
+
+# The attacks that solve a system with the input Hessian.
+SECOND_ORDER = ("FHSM", "L2HESS")
 
 
 class Frozen(BaseModel):
@@ -84,12 +90,44 @@ class ModelSpec(Frozen):
         return self
 
 
+class AttackSpec(Frozen):
+    """An attack by its name in `ATTACKS` or `BEYOND`, its size in pixels, and settings; None: the attack's default."""
+
+    method: str
+    eps: PositiveFloat
+    clip: bool
+    cg_steps: PositiveInt | None = None
+    solver: Literal["cg", "exact"] | None = None
+    scale: Literal["sqrt_dim", "unit"] | None = None
+    precision: Literal["float64", "own"] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.method not in ATTACKS | BEYOND:
+            raise unknown("attack", self.method, [*ATTACKS, *BEYOND])
+        if (self.cg_steps or self.solver) and self.method not in SECOND_ORDER:
+            raise InputError(f"{self.method} solves no system: leave out cg_steps and solver")
+        return self
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        settings = (self.cg_steps and f"cg{self.cg_steps}", self.solver, self.scale, self.precision)
+        told = "".join(f"-{setting}" for setting in settings if setting)
+        return f"{self.method}{told}-eps{self.eps:g}{'' if self.clip else '-unclipped'}"
+
+
 class RunSpec(Frozen):
-    """One trained network: which data, which model, which recipe (with its seed)."""
+    """One trained network: which data, which model, which recipe (with its seed).
+
+    With ``attack`` and ``parent`` it is the network of the parent run, trained on under the attack (Algorithm 1).
+    """
 
     data: DataSpec
     model: ModelSpec
     recipe: Recipe
+    attack: AttackSpec | None = None
+    parent: RunSpec | None = None
 
     @field_validator("recipe", mode="before")
     @classmethod
@@ -107,12 +145,17 @@ class RunSpec(Frozen):
         given = 1 if self.data.name in ("mnist", "mnist5k") else 3
         if needed != given:
             raise InputError(f"{self.model.name} takes {needed} colour channels, {self.data.name} has {given}")
+        if (self.attack is None) != (self.parent is None):
+            raise InputError("attack and parent belong together: give both or neither")
+        if self.parent is not None and self.parent.model != self.model:
+            raise InputError(f"the parent is {self.parent.label}: it must be the same network, {self.model.name}")
         return self
 
     @property
     def label(self) -> str:
         """A short readable name, not unique: network, data, batch size, seed."""
-        return f"{self.model.name}-{self.data.name}-b{self.recipe.batch_size}-s{self.recipe.seed}"
+        under = f"-{self.attack.method}" if self.attack else ""
+        return f"{self.model.name}-{self.data.name}{under}-b{self.recipe.batch_size}-s{self.recipe.seed}"
 
     @property
     def slug(self) -> str:
@@ -123,7 +166,7 @@ class RunSpec(Frozen):
 class _Measured(Frozen):
     """What every measure has: the data that it is taken over, and names."""
 
-    split: Literal["train", "test"]
+    split: SplitName
 
     @property
     def label(self) -> str:
@@ -166,9 +209,38 @@ class PowerIteration(_Measured):
         return f"power-{self.split}-k{self.k}"
 
 
+class InputCurvature(_Measured):
+    """The means over a split of the norms of input Hessian and input gradient (section 3.2)."""
+
+    kind: Literal["input_curvature"] = "input_curvature"
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        return f"inputs-{self.split}"
+
+
+class AttackAccuracy(_Measured):
+    """The accuracy over a split under an attack on the network itself, or on ``source``, another run (section 3.3)."""
+
+    kind: Literal["attack_accuracy"] = "attack_accuracy"
+    attack: AttackSpec
+    source: RunSpec | None = None
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        return f"{self.attack.label}-{self.split}" + ("-transferred" if self.source else "")
+
+
 # Further kinds of measure join here; they are told apart by ``kind``.
-Measure = Spectrum | PowerIteration
-_KINDS: dict[str, type[Measure]] = {"spectrum": Spectrum, "power_iteration": PowerIteration}
+Measure = Spectrum | PowerIteration | InputCurvature | AttackAccuracy
+_KINDS: dict[str, type[Measure]] = {
+    "spectrum": Spectrum,
+    "power_iteration": PowerIteration,
+    "input_curvature": InputCurvature,
+    "attack_accuracy": AttackAccuracy,
+}
 
 
 def parse_measure(content: Any, where: str) -> Measure:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hessnb.experiments.grid import ARTEFACTS, Profile
+from hessnb.experiments.grid import ARTEFACTS
+from hessnb.experiments.profile import Profile
 from hessnb.experiments.run import Outcome, look_up
 from hessnb.experiments.spec import RunSpec
 from hessnb.experiments.store import Store
@@ -69,7 +70,7 @@ class _Speed:
         self._measure_seconds: dict[tuple[Any, ...], list[float]] = {}
         for result in store.results():
             for found in store.measurements(result.spec):
-                kind = (*_kind(result.spec), found.measure)
+                kind = (*_kind(result.spec), found.measure.label)
                 self._measure_seconds.setdefault(kind, []).append(found.provenance["seconds"])
 
     def seconds_left(self, store: Store, outcome: Outcome) -> float | None:
@@ -79,21 +80,21 @@ class _Speed:
         if outcome.result is None:
             if kind not in self._epoch_seconds:
                 return None
-            expected = min(
-                spec.recipe.max_epochs, statistics.median(self._epochs_per_batch[kind]) * spec.recipe.batch_size
-            )
+            expected = float(spec.recipe.max_epochs)
+            if spec.recipe.loss_target is not None:
+                expected = min(expected, statistics.median(self._epochs_per_batch[kind]) * spec.recipe.batch_size)
             under_way = store.checkpoint(spec)
             done = under_way.epoch if under_way else 0
             seconds += max(1.0, expected - done) * statistics.median(self._epoch_seconds[kind])
         for measure in set(outcome.task.measures) - outcome.measurements.keys():
-            if (*kind, measure) not in self._measure_seconds:
+            if (*kind, measure.label) not in self._measure_seconds:
                 return None
-            seconds += statistics.median(self._measure_seconds[(*kind, measure)])
+            seconds += statistics.median(self._measure_seconds[(*kind, measure.label)])
         return seconds
 
 
 def _kind(spec: RunSpec) -> tuple[Any, ...]:
-    return (spec.data, spec.model, spec.recipe.loss_target)
+    return (spec.data, spec.model, spec.recipe.loss_target, spec.attack)
 
 
 def _in_words(seconds: list[float | None]) -> str:

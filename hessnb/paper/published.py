@@ -8,12 +8,16 @@ import pandas as pd
 
 from hessnb.errors import unknown
 
-TABLES = ("table7",)
+LARGE_BATCH = ("table1", "table2", "table7")
+ADVERSARIAL = ("table3", "table4")
 
 
 def published(name: str) -> pd.DataFrame:
-    """Return a table of the paper by name, one row a batch size; raise InputError for one that is not there."""
-    if name not in TABLES:
-        raise unknown("table of the paper", name, list(TABLES))
+    """Return a table of the paper by name: a row for each network and batch size, or for each adversarial training.
+
+    Raises InputError for one that is not there.
+    """
+    if name not in (*LARGE_BATCH, *ADVERSARIAL):
+        raise unknown("table of the paper", name, [*LARGE_BATCH, *ADVERSARIAL])
     with (resources.files("hessnb.paper") / f"{name}.csv").open() as file:
-        return pd.read_csv(file, index_col="batch_size")
+        return pd.read_csv(file, index_col=["network", "batch_size"] if name in LARGE_BATCH else "network")

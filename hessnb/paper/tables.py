@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import html
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pandas as pd
-
 from hessnb import data, models
-from hessnb.experiments.grid import artefact, load_profile
-from hessnb.experiments.record import recorded
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import PowerIteration, Spectrum
-from hessnb.paper.published import published
 
 NOT_MEASURED = "not measured yet"
 
@@ -52,13 +46,13 @@ def _cell(text: str) -> str:
     return text.replace(" ", "\u00a0") if len(text) <= _SHORT else text
 
 
-def mean_and_spread(values: Sequence[float], digits: int) -> str:
+def mean_and_spread(values: Sequence[float], form: str) -> str:
     """Return one value, or the mean and the sample standard deviation of several; "not measured yet" for none."""
     if not values:
         return NOT_MEASURED
     if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+        return form.format(values[0])
+    return f"{form.format(statistics.mean(values))} ± {form.format(statistics.stdev(values))}"
 
 
 def table6() -> Table:
@@ -95,48 +89,6 @@ def data_sets(names: Sequence[str]) -> Table:
         "dark a set is.",
         ("Set", "Image", "Training", "Test", "Classes", "Mean pixel"),
         tuple(rows),
-    )
-
-
-def table7(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
-    """Return Table 7's accuracy and eigenvalue columns: ours beside the paper's, one row a batch size.
-
-    Batch sizes are those of ``outcomes`` and, for a record, all of the paper's. Several seeds give mean ± standard
-    deviation. A cell without a measurement says so.
-    """
-    paper = published("table7")
-    groups: dict[int, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        groups[outcome.task.spec.recipe.batch_size].append(outcome)
-    rows = []
-    for batch_size in sorted(groups):
-        cells = groups[batch_size]
-        rows.append(
-            (
-                str(batch_size),
-                _train_test([_final(cells, "train_accuracy", 100), _final(cells, "test_accuracy", 100)], 2),
-                _published(paper, batch_size, "accuracy", "{:g}"),
-                _train_test([_lambda1(cells, "train"), _lambda1(cells, "test")], 2),
-                _published(paper, batch_size, "lambda1", "{:.2f}"),
-                _train_test([[float(len(o.result.history)) for o in cells if o.result]], 0, missing="–"),
-                str(sum(o.result is not None for o in cells)),
-            )
-        )
-    header = ("Batch", "Accuracy %, ours", "paper", "λ₁, ours", "paper", "Epochs", "Seeds")
-    return Table(name, caption, header, tuple(rows))
-
-
-def table7_record(*, name: str = "tab-7-record") -> Table:
-    """Return Table 7 from the record at the paper's scale; batch sizes that have not been run say so."""
-    profile = load_profile("paper")
-    found = {outcome.task.spec: outcome for outcome in recorded("table7", "paper")}
-    planned = [Outcome(task, None, {}) for task in artefact("table7").tasks(profile, 1)]
-    planned = [outcome for outcome in planned if outcome.task.spec not in found]
-    return table7(
-        [*found.values(), *planned],
-        name=name,
-        caption="Table 7 at the paper's scale: M1 on all of MNIST, trained to loss 0.001. Values on the training "
-        "set, on the test set in brackets.",
     )
 
 
@@ -209,25 +161,3 @@ _LAYERS = {
     "C3": "(3 × 3, 64) twice – max-pool 2 – (3 × 3, 128) twice – max-pool 2 – 256 – 256 – 10",
     "CR": "3 × 3, 16 – BN – three stages of three residual blocks, 16, 32, 64 – average-pool – 100",
 }
-
-
-def _train_test(pair: Sequence[Sequence[float]], digits: int, missing: str = NOT_MEASURED) -> str:
-    shown = [mean_and_spread(values, digits) for values in pair]
-    if all(text == NOT_MEASURED for text in shown):
-        return missing
-    return shown[0] if len(shown) == 1 else f"{shown[0]} ({shown[1]})"
-
-
-def _published(paper: pd.DataFrame, batch_size: int, column: str, form: str) -> str:
-    if batch_size not in paper.index:
-        return "not in the paper"
-    train, test = (form.format(paper.at[batch_size, f"{column}_{split}"]) for split in ("train", "test"))
-    return f"{train} ({test})"
-
-
-def _final(outcomes: Sequence[Outcome], field: str, factor: float) -> list[float]:
-    return [factor * getattr(o.result.history[-1], field) for o in outcomes if o.result and o.result.status == "done"]
-
-
-def _lambda1(outcomes: Sequence[Outcome], split: str) -> list[float]:
-    return [outcome.eigenvalues(split)[0] for outcome in outcomes if outcome.eigenvalues(split)]

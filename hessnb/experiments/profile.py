@@ -1,0 +1,135 @@
+"""Profiles: the scales at which the grid is computed, as data; one TOML file each, in ``profiles`` beside this."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from hessnb.errors import InputError, unknown
+from hessnb.experiments.spec import SECOND_ORDER, AttackSpec, DataSpec, Frozen, ModelSpec, RunSpec
+from hessnb.training import Recipe
+
+
+class LargeBatch(Frozen):
+    """One network of section 3.1, trained at several batch sizes with the same learning rate to the same loss."""
+
+    data: DataSpec
+    model: ModelSpec
+    batch_sizes: tuple[PositiveInt, ...] = Field(min_length=1, strict=False)
+    lr: PositiveFloat
+    momentum: float = Field(ge=0, lt=1)
+    loss_target: PositiveFloat
+    max_epochs: PositiveInt
+    eps: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
+
+    def spec(self, batch_size: int, seed: int) -> RunSpec:
+        """Return the run of one batch size and seed."""
+        recipe = Recipe(
+            batch_size=batch_size,
+            lr=self.lr,
+            momentum=self.momentum,
+            max_epochs=self.max_epochs,
+            seed=seed,
+            loss_target=self.loss_target,
+        )
+        return RunSpec(data=self.data, model=self.model, recipe=recipe)
+
+
+class AdversarialTraining(Frozen):
+    """One network of section 3.3: trained as usual, then for some epochs under each attack of Table 5."""
+
+    data: DataSpec
+    model: ModelSpec
+    batch_size: PositiveInt
+    lr: PositiveFloat
+    momentum: float = Field(ge=0, lt=1)
+    decay_every: PositiveInt
+    decay_factor: PositiveFloat = Field(le=1)
+    epochs: PositiveInt
+    adversarial_epochs: PositiveInt
+    eps: PositiveFloat
+    cg_steps: PositiveInt
+
+    def original(self, seed: int) -> RunSpec:
+        """Return the run of the original network, M_ORI."""
+        return RunSpec(data=self.data, model=self.model, recipe=self._recipe(self.epochs, seed))
+
+    def robust(self, method: str, seed: int) -> RunSpec:
+        """Return the run that goes on from the original network under an attack."""
+        return RunSpec(
+            data=self.data,
+            model=self.model,
+            recipe=self._recipe(self.adversarial_epochs, seed),
+            attack=self.attack(method),
+            parent=self.original(seed),
+        )
+
+    def attack(self, method: str) -> AttackSpec:
+        """Return an attack of Table 5 as Tables 3 and 4 take it: not clipped."""
+        steps = self.cg_steps if method in SECOND_ORDER else None
+        return AttackSpec(method=method, eps=self.eps, clip=False, cg_steps=steps)
+
+    def _recipe(self, epochs: int, seed: int) -> Recipe:
+        return Recipe(
+            batch_size=self.batch_size,
+            lr=self.lr,
+            momentum=self.momentum,
+            max_epochs=epochs,
+            seed=seed,
+            decay_every=self.decay_every,
+            decay_factor=self.decay_factor,
+        )
+
+
+class SpectrumSettings(Frozen):
+    """How many eigenvalues of the training loss, and how exact (relative residual)."""
+
+    k: PositiveInt
+    tol: PositiveFloat
+
+
+class Profile(Frozen):
+    """The scale at which the grid is computed; one TOML file each, in ``hessnb/experiments/profiles``."""
+
+    name: str
+    about: str
+    seeds: PositiveInt
+    large_batch: dict[str, LargeBatch]
+    adversarial: dict[str, AdversarialTraining]
+    spectrum: SpectrumSettings
+
+
+def profile_names() -> list[str]:
+    """Return the names of the profiles that come with the package, smallest scale first."""
+    return ["smoke", "quick", "laptop", "paper"]
+
+
+def load_profile(name: str | Path) -> Profile:
+    """Read a profile: the name of one that comes with the package, or the path of a ``.toml`` file of one's own.
+
+    Raises InputError for an unknown name, a file that cannot be read, or an unknown or ill-typed key.
+    """
+    text_name = str(name)
+    if text_name.endswith(".toml"):
+        path = Path(text_name)
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"profile {path} cannot be read: {error}") from error
+        text_name = path.stem
+    elif text_name in profile_names():
+        text = (resources.files("hessnb.experiments") / "profiles" / f"{text_name}.toml").read_text()
+    else:
+        raise unknown("profile", text_name, [*profile_names(), "a path that ends in .toml"])
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"profile {name} is not valid TOML: {error}") from error
+    profile = Profile.parse({"name": text_name, **content}, f"profile {name}")
+    for part, needed in (("large_batch", {"M1", "C1", "C2", "CR"}), ("adversarial", {"M1", "C3"})):
+        if missing := needed - getattr(profile, part).keys():
+            raise InputError(f"profile {name}: {part} has no {', '.join(sorted(missing))}")
+    return profile

@@ -1,0 +1,65 @@
+"""Tables 3 and 4 of the paper, ours beside the published numbers: five adversarial trainings under five attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hessnb.attacks import ATTACKS
+from hessnb.experiments.run import Outcome
+from hessnb.experiments.spec import AttackAccuracy, RunSpec
+from hessnb.paper.published import published
+from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
+
+ORIGINAL = "ORI"
+
+
+def transfer(table: str, outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return ``table`` ("table3" or "table4"): accuracies (%) on sets built from the original network.
+
+    One row a network, one column a set: ours, the paper's in brackets; several seeds give mean and standard deviation.
+    """
+    return _table(table, outcomes, name, caption, white_box=False)
+
+
+def white_box(table: str, outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return the table that the paper does not have: each network under each attack made on that network itself."""
+    return _table(table, outcomes, name, caption, white_box=True)
+
+
+def network_name(spec: RunSpec) -> str:
+    """Return the paper's index of a network: "ORI", or the attack that it was trained under."""
+    return spec.attack.method if spec.attack else ORIGINAL
+
+
+def accuracy_under(outcome: Outcome, method: str, *, white_box: bool) -> float | None:
+    """Return the accuracy (%) on the test set under an attack made on the network, or on its parent; None: not there.
+
+    For an original network both are the same.
+    """
+    source = None if white_box else outcome.task.spec.parent
+    for measure, found in outcome.measurements.items():
+        if isinstance(measure, AttackAccuracy) and measure.attack.method == method and measure.source == source:
+            return 100.0 * float(found.values["accuracy"])
+    return None
+
+
+def _table(table: str, outcomes: Sequence[Outcome], name: str, caption: str, *, white_box: bool) -> Table:
+    paper = published(table)
+    rows = []
+    for network in (ORIGINAL, *ATTACKS):
+        runs = [o for o in outcomes if network_name(o.task.spec) == network]
+        ended = [o.result.history[-1] for o in runs if o.result and o.result.status == "done"]
+        columns = {"clean": [100 * epoch.test_accuracy for epoch in ended]}
+        for method in ATTACKS:
+            found = [accuracy_under(o, method, white_box=white_box) for o in runs]
+            columns[method] = [accuracy for accuracy in found if accuracy is not None]
+        attacked = [columns[method] for method in ATTACKS]
+        if all(len(column) == len(attacked[0]) for column in attacked):
+            columns["mean"] = [sum(seed) / len(seed) for seed in zip(*attacked, strict=True)]
+        cells = []
+        for column in ("clean", *ATTACKS, "mean"):
+            shown = mean_and_spread(columns.get(column, []), "{:.1f}")
+            beside = "" if white_box or shown == NOT_MEASURED else f" ({float(paper[column][network]):.1f})"
+            cells.append(shown + beside)
+        rows.append((network, *cells))
+    return Table(name, caption, ("Network", "clean", *ATTACKS, "mean of attacks"), tuple(rows))

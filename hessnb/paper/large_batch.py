@@ -1,0 +1,137 @@
+"""Tables 1, 2 and 7 of the paper, ours beside the published numbers: what training with large batches does."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+
+from hessnb.experiments.grid import SPLITS
+from hessnb.experiments.run import Outcome
+from hessnb.experiments.spec import AttackAccuracy, AttackSpec, InputCurvature, SplitName
+from hessnb.paper.published import published
+from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
+from hessnb.statistics import spearman
+
+# From the runs of one network and batch size to their values on a split.
+Column = Callable[[Sequence[Outcome], SplitName], list[float]]
+
+
+def curvature(table: str, outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return accuracy and dominant Hessian eigenvalue of ``table`` ("table1", "table2" or "table7"), with the paper's.
+
+    One row a network and batch size of ``outcomes``; values on the training set, on the test set in brackets; several
+    seeds give mean and standard deviation. A cell without a measurement says so.
+    """
+    columns = [("Accuracy %", accuracy, "accuracy", "{:.2f}"), ("λ₁", _lambda1, "lambda1", "{:.3g}")]
+    return _table(table, outcomes, columns, name, caption, epochs=True)
+
+
+def input_curvature(table: str, outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return the means of the norms of input Hessian and input gradient (section 3.2), laid out as `curvature`."""
+    columns = [("λ₁ˣ", input_lambda1, "lambda1_x", "{:.3g}"), ("‖∇ₓJ‖", input_gradient, "gradient_x", "{:.2g}")]
+    return _table(table, outcomes, columns, name, caption)
+
+
+def robustness(table: str, outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return the accuracies (%) under FGSM at each eps of the paper's table, laid out as `curvature`."""
+    sizes = [c.split("_")[1] for c in published(table).columns if c.startswith("adversarial") and c.endswith("train")]
+    columns = [(f"ε = {eps}", attacked(float(eps)), f"adversarial_{eps}", "{:.1f}") for eps in sizes]
+    return _table(table, outcomes, columns, name, caption)
+
+
+def correlations(outcomes: Sequence[Outcome], eps: float, *, name: str, caption: str) -> Table:
+    """Return Spearman's rank correlation of accuracy under FGSM with each measure of curvature, by network and split.
+
+    One point a trained network, with 95 % intervals (see `hessnb.statistics.spearman`).
+    """
+    measures = {"λ₁": _lambda1, "λ₁ˣ": input_lambda1, "‖∇ₓJ‖": input_gradient}
+    rows = []
+    for network in dict.fromkeys(o.task.spec.model.name for o in outcomes):
+        runs = [o for o in outcomes if o.task.spec.model.name == network]
+        for split in SPLITS:
+            cells = [_correlation(runs, measure, attacked(eps), split) for measure in measures.values()]
+            rows.append((network, "training" if split == "train" else "test", str(len(runs)), *cells))
+    return Table(name, caption, ("Network", "Set", "Networks", *measures), tuple(rows))
+
+
+def _correlation(runs: Sequence[Outcome], first: Column, second: Column, split: SplitName) -> str:
+    pairs = [(a[0], b[0]) for o in runs if (a := first([o], split)) and (b := second([o], split))]
+    found = spearman([a for a, _ in pairs], [b for _, b in pairs])
+    return "too few" if found is None else f"{found:.2f}"
+
+
+def accuracy(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
+    """Return the accuracies, in per cent, at the end of each training."""
+    ended = [o.result.history[-1] for o in outcomes if o.result and o.result.status == "done"]
+    return [100 * (epoch.train_accuracy if split == "train" else epoch.test_accuracy) for epoch in ended]
+
+
+def input_lambda1(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
+    """Return the mean norms of the input Hessian."""
+    return _values(outcomes, InputCurvature(split=split), "lambda1")
+
+
+def input_gradient(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
+    """Return the mean norms of the input gradient."""
+    return _values(outcomes, InputCurvature(split=split), "gradient_norm")
+
+
+def attacked(eps: float) -> Column:
+    """Return the column of accuracies, in per cent, under FGSM of size ``eps``, clipped to the pixels' range."""
+
+    def column(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
+        measure = AttackAccuracy(split=split, attack=AttackSpec(method="FGSM", eps=eps, clip=True))
+        return [100 * accuracy for accuracy in _values(outcomes, measure, "accuracy")]
+
+    return column
+
+
+def _lambda1(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
+    return [outcome.eigenvalues(split)[0] for outcome in outcomes if outcome.eigenvalues(split)]
+
+
+def _values(outcomes: Sequence[Outcome], measure: InputCurvature | AttackAccuracy, field: str) -> list[float]:
+    return [found.values[field] for o in outcomes if (found := o.measurements.get(measure))]
+
+
+def _table(
+    table: str,
+    outcomes: Sequence[Outcome],
+    columns: Sequence[tuple[str, Column, str, str]],
+    name: str,
+    caption: str,
+    *,
+    epochs: bool = False,
+) -> Table:
+    paper = published(table)
+    groups: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        groups[(outcome.task.spec.model.name, outcome.task.spec.recipe.batch_size)].append(outcome)
+    several = len({network for network, _ in groups}) > 1
+    rows = []
+    for key in sorted(groups):
+        cells = [*(key[:1] if several else ()), str(key[1])]
+        for _, column, field, form in columns:
+            cells.append(_both([column(groups[key], "train"), column(groups[key], "test")], form))
+            cells.append(_published(paper, key, field))
+        if epochs:
+            lengths = [float(len(o.result.history)) for o in groups[key] if o.result]
+            cells.append(mean_and_spread(lengths, "{:.0f}") if lengths else "–")
+        rows.append((*cells, str(sum(o.result is not None for o in groups[key]))))
+    titles = [title for column in columns for title in (f"{column[0]}, ours", "paper")]
+    header = (*(("Network",) if several else ()), "Batch", *titles, *(("Epochs",) if epochs else ()), "Seeds")
+    return Table(name, caption, header, tuple(rows))
+
+
+def _both(pair: Sequence[Sequence[float]], form: str) -> str:
+    shown = [mean_and_spread(values, form) for values in pair]
+    return NOT_MEASURED if all(text == NOT_MEASURED for text in shown) else f"{shown[0]} ({shown[1]})"
+
+
+def _published(paper: pd.DataFrame, key: tuple[str, int], column: str) -> str:
+    if key not in paper.index or f"{column}_train" not in paper.columns:
+        return "–"
+    train, test = (float(paper[f"{column}_{split}"][key]) for split in SPLITS)
+    return f"{train:g} ({test:g})"

@@ -1,0 +1,140 @@
+"""Is a network robust, and was it attacked well enough to say so? Accuracies with intervals, and a checklist.
+
+References: N. Carlini and others, On evaluating adversarial robustness (2019); A. Athalye, N. Carlini, D. Wagner,
+Obfuscated gradients give a false sense of security (2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hessnb.attacks import fgsm, pgd
+from hessnb.errors import InputError
+from hessnb.models import eval_mode
+from hessnb.statistics import Interval, proportion
+
+# Called with network, samples and labels; returns the perturbed samples.
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+_BATCH = 1000
+
+
+def predictions(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the most probable class (N,) of each sample, in eval mode."""
+    with torch.no_grad(), eval_mode(model):
+        return torch.cat([model(part).argmax(1) for part in x.split(_BATCH)])
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> Interval:
+    """Return the share of samples (N, ...) whose label (N,) is predicted."""
+    return proportion(int((predictions(model, x) == y).sum()), len(y))
+
+
+def agreement(first: Tensor, second: Tensor) -> Interval:
+    """Return the share of samples on which two predictions (N,) agree; raise InputError for different shapes."""
+    if first.shape != second.shape:
+        raise InputError(f"predictions of {tuple(first.shape)} and {tuple(second.shape)}: compare the same samples")
+    return proportion(int((first == second).sum()), len(first))
+
+
+def accuracy_under(
+    model: nn.Module, attack: Attack, x: Tensor, y: Tensor, *, source: nn.Module | None = None
+) -> Interval:
+    """Return the accuracy on samples that are attacked on the network itself, or on ``source`` (transfer)."""
+    return accuracy(model, attack(source or model, x, y), y)
+
+
+def accuracy_curve(
+    model: nn.Module, attack: Callable[..., Tensor], x: Tensor, y: Tensor, sizes: Sequence[float]
+) -> list[Interval]:
+    """Return the accuracy under ``attack(model, x, y, eps=size)`` for each size in pixels."""
+    return [accuracy(model, attack(model, x, y, eps=size), y) for size in sizes]
+
+
+def transfer(models: Mapping[str, nn.Module], sets: Mapping[str, Tensor], y: Tensor) -> dict[str, dict[str, Interval]]:
+    """Return the accuracy of each network on each set of perturbed samples, as in the paper's Tables 3 and 4."""
+    return {network: {name: accuracy(model, x, y) for name, x in sets.items()} for network, model in models.items()}
+
+
+def worst_case(model: nn.Module, attacked: Sequence[Tensor], y: Tensor) -> Interval:
+    """Return the share of samples that are right under each one of several attacks: the per-sample worst case."""
+    right = torch.stack([predictions(model, x) == y for x in attacked]).all(0)
+    return proportion(int(right.sum()), len(y))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the checklist: what is asked, whether it holds, and the numbers that say so."""
+
+    question: str
+    passed: bool
+    evidence: str
+
+
+def checklist(
+    model: nn.Module,
+    attack: Callable[..., Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    surrogate: nn.Module | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Check]:
+    """Return the checks of Carlini et al. (2019) for a network and an attack ``attack(model, x, y, eps=...)``.
+
+    The threat model is white-box, each pixel moved by at most ``eps`` and kept in [0, 1]. ``surrogate`` is another
+    network of the same task, for the check that white-box attacks are at least as strong as transferred ones; without
+    it that check is left out. ``generator`` draws the noise (seed 0 unless given). A check that fails says that the
+    attack is weak here, not that the network is robust. Comparisons allow for the 95 % interval of the stronger side.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    clean = accuracy(model, x, y)
+    own, step, walk = attack(model, x, y, eps=eps), fgsm(model, x, y, eps=eps), pgd(model, x, y, eps=eps, steps=20)
+    under, one_step, iterated = (accuracy(model, moved, y) for moved in (own, step, walk))
+    doubled = accuracy(model, pgd(model, x, y, eps=eps, steps=40), y)
+    sign = 2 * torch.randint(0, 2, x.shape, generator=generator).to(x) - 1
+    noise = accuracy(model, (x + eps * sign).clamp(0, 1), y)
+    far = accuracy(model, pgd(model, x, y, eps=0.5, steps=20), y)
+    worst = worst_case(model, [own, step, walk], y)
+    chance = float(y.bincount().max()) / len(y)
+    checks = [
+        Check("The network is accurate without an attack", clean.low > chance, f"clean {clean:.3f}"),
+        Check("The attack lowers the accuracy", under.high < clean.value, f"clean {clean:.3f}, attacked {under:.3f}"),
+        Check(
+            "It is at least as strong as random signs of the same size",
+            under.low <= noise.value,
+            f"noise {noise:.3f}, attack {under:.3f}",
+        ),
+        Check(
+            "Iterating is at least as strong as one step",
+            iterated.low <= one_step.value,
+            f"FGSM {one_step:.3f}, 20 steps {iterated:.3f}",
+        ),
+        Check(
+            "It is as strong as 20 iterated steps",
+            under.low <= iterated.high,
+            f"attack {under:.3f}, 20 steps {iterated:.3f}",
+        ),
+        Check(
+            "Twice the steps find no more",
+            doubled.high >= iterated.low,
+            f"20 steps {iterated:.3f}, 40 steps {doubled:.3f}",
+        ),
+        Check("An unbounded attack succeeds on nearly all samples", far.value < 0.05, f"eps 0.5: {far:.3f}"),
+        Check(
+            "It is the worst case over all attacks tried",
+            under.low <= worst.high,
+            f"attack {under:.3f}, worst case {worst:.3f}",
+        ),
+    ]
+    if surrogate is not None:
+        moved = attack(surrogate, x, y, eps=eps)
+        other = accuracy(model, moved, y)
+        told = f"transferred {other:.3f}, white-box {under:.3f}"
+        checks.append(Check("White-box is at least as strong as transfer", under.low <= other.value, told))
+    return checks

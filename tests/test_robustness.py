@@ -1,0 +1,110 @@
+"""Accuracies under attack, transfer tables, and the checklist, on networks whose answers are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hessnb.attacks import fgsm, pgd
+from hessnb.data import Splits
+from hessnb.errors import InputError
+from hessnb.models import build
+from hessnb.robustness import (
+    accuracy,
+    accuracy_curve,
+    accuracy_under,
+    agreement,
+    checklist,
+    predictions,
+    transfer,
+    worst_case,
+)
+from hessnb.training import Recipe, train
+
+
+def line() -> nn.Module:
+    """Two classes of one pixel, divided at 0.5."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    model.load_state_dict({"1.weight": torch.tensor([[-1.0], [1.0]]), "1.bias": torch.tensor([0.5, -0.5])})
+    return model
+
+
+X = torch.tensor([0.05, 0.2, 0.45, 0.6, 0.7, 0.95]).view(-1, 1, 1, 1)
+Y = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def test_accuracy_falls_where_the_nearest_boundary_comes_into_reach() -> None:
+    curve = accuracy_curve(line(), fgsm, X, Y, [0.01, 0.06, 0.15, 0.25, 0.35, 0.5])
+    assert [round(6 * point.value) for point in curve] == [6, 5, 4, 3, 2, 0]
+    assert all(point.low <= point.value <= point.high for point in curve)
+    assert accuracy(line(), X, Y).value == 1.0
+
+
+def test_transferred_attacks_are_those_made_on_the_source() -> None:
+    mirrored = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    mirrored.load_state_dict({"1.weight": torch.tensor([[1.0], [-1.0]]), "1.bias": torch.tensor([-0.5, 0.5])})
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return fgsm(model, x, y, eps=0.35)
+
+    assert accuracy_under(line(), attack, X, Y).value == pytest.approx(2 / 6)
+    assert accuracy_under(line(), attack, X, Y, source=mirrored).value == 1.0  # it moves them the other way
+    sets = {"clean": X, "attacked": attack(line(), X, Y)}
+    table = transfer({"line": line(), "mirrored": mirrored}, sets, Y)
+    assert {(a, b): round(6 * cell.value) for a, row in table.items() for b, cell in row.items()} == {
+        ("line", "clean"): 6,
+        ("line", "attacked"): 2,
+        ("mirrored", "clean"): 0,
+        ("mirrored", "attacked"): 4,
+    }
+
+
+def test_worst_case_counts_a_sample_that_any_attack_fools() -> None:
+    up, down = (X + 0.25).clamp(0, 1), (X - 0.25).clamp(0, 1)
+    assert worst_case(line(), [X], Y).value == 1.0
+    assert worst_case(line(), [up], Y).value == pytest.approx(5 / 6)
+    assert worst_case(line(), [up, down], Y).value == pytest.approx(3 / 6)
+
+
+def test_agreement_compares_predictions_of_the_same_samples() -> None:
+    first = predictions(line(), X)
+    assert torch.equal(first, Y)
+    assert agreement(first, 1 - first).value == 0.0
+    assert agreement(first, torch.tensor([0, 0, 1, 1, 1, 1])).value == pytest.approx(5 / 6)
+    with pytest.raises(InputError, match=r"\(6,\) and \(5,\)"):
+        agreement(first, first[:5])
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Splits) -> nn.Module:
+    model = build("M1", width=0.2, seed=0)
+    train(model, digits, Recipe(batch_size=20, lr=0.05, momentum=0.9, max_epochs=12, seed=0))
+    return model
+
+
+def test_checklist_passes_a_strong_attack_and_tells_a_weak_one(trained: nn.Module, digits: Splits) -> None:
+    x, y = digits.test.images[:100], digits.test.labels[:100]
+
+    def strong(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+        return pgd(model, x, y, eps=eps, steps=20)
+
+    def weak(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+        return (x + 0.01 * eps * torch.ones_like(x)).clamp(0, 1)
+
+    other = build("M1", width=0.2, seed=1)
+    passed = checklist(trained, strong, x, y, eps=0.1, surrogate=other)
+    assert all(check.passed for check in passed), [c for c in passed if not c.passed]
+    assert len(passed) == 9
+    failed = {check.question: check for check in checklist(trained, weak, x, y, eps=0.1)}
+    assert len(failed) == 8
+    for question in ("The attack lowers the accuracy", "It is as strong as 20 iterated steps"):
+        assert not failed[question].passed
+        assert "(" in failed[question].evidence
+    assert failed["The network is accurate without an attack"].passed
+
+
+def test_checklist_notices_a_network_that_guesses(digits: Splits) -> None:
+    untrained = build("M1", width=0.2, seed=0)
+    first = checklist(untrained, fgsm, digits.test.images[:50], digits.test.labels[:50], eps=0.1)[0]
+    assert not first.passed
