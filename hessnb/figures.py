@@ -14,11 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from hessnb.attacks import ATTACKS
 from hessnb.curvature import InputCurvature
 from hessnb.data import Splits
 from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
 from hessnb.models import layers
+from hessnb.paper.adversarial import accuracy_under, network_name
+from hessnb.paper.large_batch import attacked, input_gradient, input_lambda1, lambda1
 from hessnb.paper.published import published
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -128,6 +131,74 @@ def lambda1_against_batch(table: str, live: Sequence[Outcome], record: Sequence[
             axis.set(title=f"{'training' if split == 'train' else 'test'} set", xlabel="batch size")
         axes[0].set_ylabel("dominant eigenvalue")
         axes[0].legend(fontsize=10)
+    return figure
+
+
+def accuracy_against_batch(table: str, live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
+    """Show accuracy (%) under FGSM on the test set against batch size, one panel a size: live, recorded, the paper's.
+
+    The paper's are those of ``table`` for the network of ``live``.
+    """
+    paper = published(table).loc[live[0].task.spec.model.name]
+    sizes = [column.split("_")[1] for column in paper.columns if column.startswith("adversarial") and "test" in column]
+    with style():
+        figure, axes = _new(len(sizes), width=7.0, share_y=True)
+        for axis, eps in zip(axes, sizes, strict=True):
+            axis.plot(paper.index, paper[f"adversarial_{eps}_test"], "--", marker="x", color=COLOURS[6], label="paper")
+            for label, outcomes, i in (("ours, paper's scale", record, 0), ("ours, live", live, 1)):
+                points = sorted(
+                    (o.task.spec.recipe.batch_size, accuracy[0])
+                    for o in outcomes
+                    if (accuracy := attacked(float(eps))([o], "test"))
+                )
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker=MARKERS[i], color=COLOURS[i], label=label)
+            axis.set(title=f"ε = {eps}", xlabel="batch size", xscale="log", ylim=(0, 100))
+        axes[0].set_ylabel("accuracy under attack, %")
+        axes[0].legend(fontsize=9)
+    return figure
+
+
+def accuracy_against_measures(outcomes: Sequence[Outcome], eps: float) -> Figure:
+    """Show accuracy (%) under FGSM of size ``eps`` on the test set against curvature and slope, a point a network."""
+    measures = {
+        "λ₁ of the weights": lambda1,
+        "λ₁ of the input, mean": input_lambda1,
+        "norm of the input gradient, mean": input_gradient,
+    }
+    with style():
+        figure, axes = _new(len(measures), width=7.0, share_y=True)
+        for axis, (label, measure) in zip(axes, measures.items(), strict=True):
+            for outcome in outcomes:
+                position, height = measure([outcome], "test"), attacked(eps)([outcome], "test")
+                if position and height:
+                    axis.plot(position[0], height[0], "o", color=COLOURS[0])
+                    batch = str(outcome.task.spec.recipe.batch_size)
+                    axis.annotate(batch, (position[0], height[0]), (4, 4), textcoords="offset points", fontsize=9)
+            axis.set(xlabel=label.replace(", ", ",\n"), xscale="log")
+        axes[0].set_ylabel("accuracy under attack, %")
+    return figure
+
+
+def transfer_and_white_box(outcomes: Sequence[Outcome]) -> Figure:
+    """Show accuracy (%) of each network on sets made from the original (open) and on itself (filled), by attack."""
+    with style():
+        figure, (axis,) = _new(width=7.0)
+        for column, outcome in enumerate(outcomes):
+            for i, method in enumerate(ATTACKS):
+                for white_box in (False, True):
+                    accuracy = accuracy_under(outcome, method, white_box=white_box)
+                    if accuracy is not None:
+                        axis.plot(
+                            column + 0.13 * (i - 2), accuracy, marker=MARKERS[i], color=COLOURS[i], linestyle="",
+                            markerfacecolor=COLOURS[i] if white_box else "none",
+                            label=method if white_box and column == 0 else None,
+                        )  # fmt: skip
+        names = [network_name(outcome.task.spec) for outcome in outcomes]
+        axis.set_xticks(range(len(names)), names)
+        axis.set(xlabel="network, by its training", ylabel="accuracy under attack, %", ylim=(-3, 103))
+        axis.grid(axis="x", visible=False)
+        axis.legend(ncols=5, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), handletextpad=0.2)
     return figure
 
 

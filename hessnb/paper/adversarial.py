@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
 
 from hessnb.attacks import ATTACKS
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import AttackAccuracy, RunSpec
 from hessnb.paper.published import published
 from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
+from hessnb.robustness import checklist
 
 ORIGINAL = "ORI"
 
@@ -41,6 +44,23 @@ def accuracy_under(outcome: Outcome, method: str, *, white_box: bool) -> float |
         if isinstance(measure, AttackAccuracy) and measure.attack.method == method and measure.source == source:
             return 100.0 * float(found.values["accuracy"])
     return None
+
+
+def checks(
+    model: nn.Module,
+    attack: Callable[..., Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    surrogate: nn.Module | None = None,
+    name: str,
+    caption: str,
+) -> Table:
+    """Return `hessnb.robustness.checklist` as a table."""
+    lines = checklist(model, attack, x, y, eps=eps, surrogate=surrogate)
+    rows = [(check.question, "yes" if check.passed else "no", check.evidence) for check in lines]
+    return Table(name, caption, ("Check", "Passed", "Accuracies"), tuple(rows))
 
 
 def _table(table: str, outcomes: Sequence[Outcome], name: str, caption: str, *, white_box: bool) -> Table:

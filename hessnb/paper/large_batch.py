@@ -24,7 +24,7 @@ def curvature(table: str, outcomes: Sequence[Outcome], *, name: str, caption: st
     One row a network and batch size of ``outcomes``; values on the training set, on the test set in brackets; several
     seeds give mean and standard deviation. A cell without a measurement says so.
     """
-    columns = [("Accuracy %", accuracy, "accuracy", "{:.2f}"), ("λ₁", _lambda1, "lambda1", "{:.3g}")]
+    columns = [("Accuracy %", accuracy, "accuracy", "{:.2f}"), ("λ₁", lambda1, "lambda1", "{:.3g}")]
     return _table(table, outcomes, columns, name, caption, epochs=True)
 
 
@@ -46,7 +46,7 @@ def correlations(outcomes: Sequence[Outcome], eps: float, *, name: str, caption:
 
     One point a trained network, with 95 % intervals (see `hessnb.statistics.spearman`).
     """
-    measures = {"λ₁": _lambda1, "λ₁ˣ": input_lambda1, "‖∇ₓJ‖": input_gradient}
+    measures = {"λ₁": lambda1, "λ₁ˣ": input_lambda1, "‖∇ₓJ‖": input_gradient}
     rows = []
     for network in dict.fromkeys(o.task.spec.model.name for o in outcomes):
         runs = [o for o in outcomes if o.task.spec.model.name == network]
@@ -56,9 +56,27 @@ def correlations(outcomes: Sequence[Outcome], eps: float, *, name: str, caption:
     return Table(name, caption, ("Network", "Set", "Networks", *measures), tuple(rows))
 
 
+def published_correlations(table: str, eps: float, *, name: str, caption: str) -> Table:
+    """Return the same for the numbers that the paper printed in ``table``."""
+    measures = {"λ₁": "lambda1", "λ₁ˣ": "lambda1_x", "‖∇ₓJ‖": "gradient_x"}
+    paper = published(table)
+    rows = []
+    for network in dict.fromkeys(key[0] for key in paper.index):
+        part = paper.loc[network]
+        for split in SPLITS:
+            robust = part[f"adversarial_{eps:g}_{split}"].tolist()
+            cells = [_shown(part[f"{measure}_{split}"].tolist(), robust) for measure in measures.values()]
+            rows.append((network, "training" if split == "train" else "test", str(len(part)), *cells))
+    return Table(name, caption, ("Network", "Set", "Networks", *measures), tuple(rows))
+
+
 def _correlation(runs: Sequence[Outcome], first: Column, second: Column, split: SplitName) -> str:
     pairs = [(a[0], b[0]) for o in runs if (a := first([o], split)) and (b := second([o], split))]
-    found = spearman([a for a, _ in pairs], [b for _, b in pairs])
+    return _shown([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _shown(x: Sequence[float], y: Sequence[float]) -> str:
+    found = spearman(x, y)
     return "too few" if found is None else f"{found:.2f}"
 
 
@@ -88,7 +106,8 @@ def attacked(eps: float) -> Column:
     return column
 
 
-def _lambda1(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
+def lambda1(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
+    """Return the dominant eigenvalues of the Hessian in the weights."""
     return [outcome.eigenvalues(split)[0] for outcome in outcomes if outcome.eigenvalues(split)]
 
 
