@@ -149,5 +149,5 @@ def _solved(
 
 
 def _with_closed_form(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    check_samples(model, x, y)
+    check_samples(model, x, y, probes=2)
     require_piecewise_linear(model, x, remedy="solver='cg', as fhsm and l2_hessian have it")
