@@ -265,6 +265,28 @@ def test_damped_newton_takes_the_damping_of_largest_loss() -> None:
     assert any((loss > other + 1e-6).any() for other in others)
 
 
+@pytest.mark.parametrize("multiple", [0.5, 10.0, -10.0, -1.1])
+def test_damped_newton_solves_with_a_damping_of_either_sign(multiple: float) -> None:
+    model, (x, y) = network("wide"), samples(8)
+    H, g = input_hessian(model, x, y), gradient(model, x, y).flatten(1)
+    largest = torch.linalg.eigvalsh(H)[:, -1]
+    M = math.copysign(1.0, multiple) * (H + multiple * largest[:, None, None] * torch.eye(64, dtype=H.dtype))
+    assert (torch.linalg.eigvalsh(M) > 0).all()
+    found = damped_newton(model, x, y, eps=0.1, dampings=(multiple,), bounds=None)
+    torch.testing.assert_close(along(offset(found, x)), along(torch.linalg.solve(M, g)), rtol=0, atol=1e-10)
+
+
+def test_a_multiple_below_minus_1_maximises_the_quadratic_model_on_its_sphere() -> None:
+    model, (x, y) = network("wide"), samples(1)
+    H, g = input_hessian(model, x, y)[0], gradient(model, x, y).flatten()
+    largest = torch.linalg.eigvalsh(H)[-1]
+    length = torch.linalg.vector_norm(torch.linalg.solve(1.5 * largest * torch.eye(64, dtype=H.dtype) - H, g))
+    unit = along(offset(damped_newton(model, x, y, eps=0.1, dampings=(-1.5,), bounds=None), x))[0]
+    noise = torch.randn(1000, 64, dtype=H.dtype, generator=torch.Generator().manual_seed(0))
+    best, others = length * unit, length * F.normalize(unit + 0.1 * noise, dim=1)
+    assert (g @ best + best @ H @ best / 2 > others @ g + ((others @ H) * others).sum(1) / 2).all()
+
+
 # -- samples go their own ways -------------------------------------------------------------------------------------
 
 
@@ -604,12 +626,12 @@ def test_pgd_is_at_least_as_strong_as_one_step(digits: Splits, tiny_m1: nn.Modul
 
 
 def test_autoattack_is_the_strongest(digits: Splits, tiny_m1: nn.Module, untouched: Untouched) -> None:
-    x = digits.test.images[:6]
+    x = digits.test.images[:4]
     with eval_mode(tiny_m1):
         y = tiny_m1(x).argmax(1)  # all are right, whatever the untrained network says
     trace = sys.gettrace()
     with untouched(tiny_m1):
-        found = autoattack(tiny_m1, x, y, eps=0.05, attacks=("apgd-ce", "apgd-t"))
+        found = autoattack(tiny_m1, x, y, eps=0.05, attacks=("apgd-ce",))
     assert sys.gettrace() is trace
     assert offset(found, x).abs().max() <= 0.05 + 1e-6
     assert found.min() >= 0
@@ -619,7 +641,7 @@ def test_autoattack_is_the_strongest(digits: Splits, tiny_m1: nn.Module, untouch
     assert withstood[0] <= withstood[1]
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        assert torch.equal(autoattack(tiny_m1, x, y, eps=0.05, attacks=("apgd-ce", "apgd-t")), found)
+        assert torch.equal(autoattack(tiny_m1, x, y, eps=0.05, attacks=("apgd-ce",)), found)
 
 
 def test_autoattack_without_its_package_names_the_extra(

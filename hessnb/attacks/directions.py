@@ -73,7 +73,10 @@ def newton(point: Point, *, damping: float) -> Step:
 
 
 def best_damping(point: Point, *, dampings: tuple[float, ...]) -> Step:
-    """Of (H + gamma I)^-1 g, with gamma these multiples of each sample's largest eigenvalue, that of largest loss."""
+    """Of (H + gamma I)^-1 g, with gamma these multiples of each sample's largest eigenvalue, that of largest loss.
+
+    Below -1 it is -(H + gamma I)^-1 g, which ascends too.
+    """
     form, slope, _ = _factorised(point)
     g = _combined(form, slope)
     largest = torch.linalg.eigvalsh(form.small)[:, -1]

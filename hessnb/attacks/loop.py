@@ -107,7 +107,7 @@ def perturb(
     others are drawn from the ball; of each sample the worst end is kept, that is a misclassified one if there is one,
     and the one of largest loss among these. For the rest, and the errors, see `hessnb.attacks`.
     """
-    check_samples(model, x, y)
+    check_samples(model, x, y, probes=2)  # one gradient of a small batch costs little more than many probes
     radius = checks.per_sample("eps", eps, x)
     length = radius / checks.at_least_one("steps", steps)
     length = length if step_size is None else checks.per_sample("step_size", step_size, x)
@@ -163,9 +163,9 @@ def _walk(
     for _ in range(steps):
         step = direction(Point(forward, x, y, partial(ball.step, x, length=length)))
         gradient = step.gradient
-        # A direction that overflowed is none: the gradient is.
-        sound = torch.isfinite(step.along).all(1, keepdim=True)
-        along = gradient if step.along is gradient else torch.where(sound, step.along, gradient)
+        along = step.along
+        if along is not gradient:  # a direction that overflowed is none
+            along = torch.where(torch.isfinite(along).all(1, keepdim=True), along, gradient)
         zero_gradients += ~gradient.any(1)
         x = ball.step(x, along, length)
     x_adv = x.to(given.dtype)
@@ -176,10 +176,16 @@ def _walk(
         linf=change.abs().amax(1),
         l2=torch.linalg.vector_norm(change, dim=1),
         zero_gradients=zero_gradients,
-        cosine=(normalised(along) * normalised(gradient)).sum(1).double(),
+        cosine=_cosine(along, gradient),
         cg_steps=zeros.long() if step.cg_steps is None else step.cg_steps,
         residual=zeros if step.residual is None else step.residual.double(),
     )
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    if a is b:
+        return b.any(1).double()
+    return (normalised(a.double()) * normalised(b.double())).sum(1)
 
 
 def _worse(forward: Forward, y: Tensor, a: Perturbation, b: Perturbation, dtype: torch.dtype) -> Perturbation:

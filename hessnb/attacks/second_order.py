@@ -1,8 +1,8 @@
 """Attacks with the input Hessian: FHSM and L2HESS of the paper's Table 5, and two that section 3.4 leaves open.
 
 g = J^T (p - e_y) lies in the range of H, and J H^+ g = const - e_y / p_y: the Newton step lowers the true logit
-against all other classes alike and does not see which one is near. `damped_newton` gives back how much of that is to
-be had, `nearest_class` asks the same curvature for the way to one class.
+against all other classes alike and does not see which one is near. `damped_newton` chooses for each sample how much
+of the curvature to heed, and of which sign; `nearest_class` asks the same Jacobian for the way to one class.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hessnb.errors import InputError
 
 Solver = Literal["cg", "exact"]
 
-# From the Newton step to the gradient, by factors of ten.
-DAMPINGS = (0.0, *(10.0**k for k in range(-3, 3)), math.inf)
+# From the Newton step through the gradient to the step that follows the steepest curvature.
+DAMPINGS = (0.0, 0.01, 0.1, 1.0, 10.0, math.inf, -10.0, -2.0, -1.1, -1.01)
 
 
 @Attack
@@ -94,13 +94,15 @@ def damped_newton(
 ) -> Perturbation:
     """Step along (H + gamma I)^-1 g with the gamma, of a grid, that gives a sample the largest loss (section 3.4).
 
-    ``dampings`` are multiples of each sample's largest eigenvalue; 0 is the pseudo-inverse, infinity the gradient. All
-    follow from one closed form and cost a forward pass each. For "l2" the radius is that of `l2_hessian`, for "linf"
-    that of `fhsm`. For piecewise linear networks; others are an InputError.
+    ``dampings`` are multiples of each sample's largest eigenvalue: 0 is the pseudo-inverse, infinity the gradient. The
+    loss is convex where the logits are linear, so Newton's step seeks its minimum; its maximum on a sphere lies along
+    (nu I - H)^-1 g with nu above all eigenvalues (Conn et al., Trust-Region Methods, 2000, section 7.2), and a multiple
+    below -1 stands for this nu. All follow from one closed form and cost a forward pass each. For "l2" the radius is
+    that of `l2_hessian`, for "linf" that of `fhsm`. For piecewise linear networks; others are an InputError.
     """
     _with_closed_form(model, x, y)
-    if not dampings or any(math.isnan(gamma) or gamma < 0 for gamma in dampings):
-        raise InputError(f"dampings = {dampings}: give at least one, each 0, positive or infinite")
+    if not dampings or not all(gamma >= 0 or -math.inf < gamma < -1 for gamma in dampings):
+        raise InputError(f"dampings = {dampings}: give at least one, each 0, positive, infinite, or below -1")
     return perturb(
         model, x, y, partial(best_damping, dampings=dampings), eps=eps, norm=norm,
         scale=scale if norm == "l2" else "unit", bounds=bounds, precision=precision, batch_size=batch_size,
@@ -149,5 +151,5 @@ def _solved(
 
 
 def _with_closed_form(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    check_samples(model, x, y)
+    check_samples(model, x, y, probes=2)
     require_piecewise_linear(model, x, remedy="solver='cg', as fhsm and l2_hessian have it")

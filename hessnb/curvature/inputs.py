@@ -542,7 +542,7 @@ def _chosen(model: nn.Module, x: Tensor, method: str) -> Literal["closed_form", 
     return "closed_form" if _bend(model, x) <= _STRAIGHT else "lanczos"
 
 
-def _check(model: nn.Module, x: Tensor, y: Tensor | None) -> None:
+def _check(model: nn.Module, x: Tensor, y: Tensor | None, probes: int = _PROBES) -> None:
     if len(x) == 0:
         raise InputError("there are no inputs: give at least one sample")
     if y is not None and (y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool):
@@ -565,4 +565,4 @@ def _check(model: nn.Module, x: Tensor, y: Tensor | None) -> None:
     if y is not None:
         checks.labels(outputs, pairs)
     with _evaluation(model):
-        checks.independent_samples(model, lambda part: model(part.clone()), x[:_PROBES])
+        checks.independent_samples(model, lambda part: model(part.clone()), x[:probes])
