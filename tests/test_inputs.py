@@ -889,13 +889,13 @@ def test_a_network_without_trainable_weights_has_gradient_norms(model: nn.Module
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list to which the number of samples of each forward pass for derivatives is appended."""
     sizes: list[int] = []
-    forward = inputs._forward
+    forward = inputs.differentiable
 
     def noted(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         sizes.append(len(x))
         return forward(model, x)
 
-    monkeypatch.setattr(inputs, "_forward", noted)
+    monkeypatch.setattr(inputs, "differentiable", noted)
     return sizes
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from hessnb.attacks import checks
 from hessnb.attacks.ball import Norm
-from hessnb.curvature.inputs import _check as check_samples
-from hessnb.curvature.inputs import _evaluation as evaluation
+from hessnb.curvature.evaluation import check_samples, evaluation
 from hessnb.errors import InputError
 
 _STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")

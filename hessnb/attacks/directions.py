@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hessnb.attacks.ball import Norm, normalised
 from hessnb.attacks.loop import Point, Step, wrongness
+from hessnb.curvature.evaluation import differentiable
 from hessnb.curvature.inputs import ClosedForm, closed_form
-from hessnb.curvature.inputs import _forward as differentiable
-from hessnb.curvature.inputs import _input_products as products
+from hessnb.curvature.inputs import input_products as products
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from hessnb.attacks import checks
 from hessnb.attacks.ball import Ball, Bounds, Norm, normalised, unit_ball
-from hessnb.curvature.inputs import _check as check_samples
-from hessnb.curvature.inputs import _evaluation as evaluation
-from hessnb.curvature.inputs import _in_float64 as in_float64
+from hessnb.curvature.evaluation import check_samples, evaluation, in_float64
 
 Precision = Literal["float64", "own"]
 Scale = Literal["sqrt_dim", "unit"]

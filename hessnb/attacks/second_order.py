@@ -17,7 +17,7 @@ from hessnb.attacks import checks
 from hessnb.attacks.ball import Bounds, Norm
 from hessnb.attacks.directions import best_damping, conjugate_gradients, nearest, newton
 from hessnb.attacks.loop import Attack, Direction, Perturbation, Precision, Scale, perturb
-from hessnb.curvature.inputs import _check as check_samples
+from hessnb.curvature.evaluation import check_samples
 from hessnb.curvature.inputs import require_piecewise_linear
 from hessnb.errors import InputError
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,19 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessnb.curvature import checks
+from hessnb.curvature.evaluation import PROBES, Forward, check_samples, differentiable, evaluation, in_float64
 from hessnb.curvature.memory import held_bytes
 from hessnb.curvature.precision import full_precision
 from hessnb.errors import InputError, unknown
 from hessnb.models import eval_mode
 
 Method = Literal["auto", "closed_form", "lanczos"]
-Forward = Callable[[Tensor], Tensor]
 
 GIB = 1 << 30
 # It counts as piecewise linear when its gradient changes, along a random unit direction, by at most this share.
 _STRAIGHT = 1e-6
-_PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def input_curvature(model: nn.Module, x: Tensor, y: Tensor, *, memory: int = GIB
     ``x`` (N, ...) are inputs, ``y`` (N,) labels; about ``memory`` bytes are used at a time. Raises InputError as
     `input_hessian_eigenvalues` does.
     """
-    _check(model, x, y)
+    check_samples(model, x, y)
     if is_piecewise_linear(model, x):
         lambda1 = input_hessian_eigenvalues(model, x, k=1, method="closed_form", memory=memory)[:, 0]
     else:
@@ -77,11 +74,11 @@ def input_gradient_norms(model: nn.Module, x: Tensor, y: Tensor, *, memory: int 
     The gradient with respect to the logits is taken in float64 and scaled to norm one before it is propagated: the
     gradients of confident samples do not underflow in float32. Raises InputError as `input_hessian_eigenvalues` does.
     """
-    _check(model, x, y)
+    check_samples(model, x, y)
     norms = [x.new_zeros(0, dtype=torch.float64)]
-    with _evaluation(model):
+    with evaluation(model):
         for part, labels in _chunks(model, x, y, memory, 0):
-            leaf, logits = _forward(model, part)
+            leaf, logits = differentiable(model, part)
             slope = _softmax(logits.detach())
             # p_y - 1 is minus the sum of the others, which does not cancel.
             slope.scatter_(1, labels[:, None], 0.0)
@@ -114,9 +111,9 @@ def input_hessian_eigenvalues(
     Raises InputError for a closed form asked of a network that is not piecewise linear, labels that are missing or out
     of range, a k outside 1..d, mixed devices or dtypes, NaN, or samples that depend on each other.
     """
-    _check(model, x, y)
+    check_samples(model, x, y)
     d = x[0].numel()
-    with _evaluation(model), torch.no_grad():
+    with evaluation(model), torch.no_grad():
         classes = model(x[:1].clone()).shape[1]
     k = min(classes - 1, d) if k is None else k
     if not 1 <= k <= d:
@@ -151,7 +148,7 @@ def input_hessian_solve(
     singular, damping 0 then solves within that space. Arguments and errors are otherwise those of
     `input_hessian_eigenvalues`; InputError also for a g of another shape, or a damping that is negative or not finite.
     """
-    _check(model, x, y)
+    check_samples(model, x, y)
     if g.shape != x.shape or not bool(torch.isfinite(g).all()):
         raise InputError(f"g of shape {tuple(g.shape)} must be finite and have the shape of x, {tuple(x.shape)}")
     if not (damping >= 0 and math.isfinite(damping)):
@@ -209,7 +206,7 @@ def is_piecewise_linear(model: nn.Module, x: Tensor) -> bool:
 
     Raises InputError for samples that depend on each other through batch statistics, or a random model.
     """
-    _check(model, x, None)
+    check_samples(model, x, None)
     return _bend(model, x) <= _STRAIGHT
 
 
@@ -227,9 +224,9 @@ def require_piecewise_linear(model: nn.Module, x: Tensor, *, remedy: str) -> Non
 def _bend(model: nn.Module, x: Tensor) -> float:
     """Return by which share the gradient of the logits changes along a random direction of length one."""
     generator = torch.Generator().manual_seed(0)
-    some = x.detach()[:: max(1, len(x) // _PROBES)][:_PROBES]
-    with _evaluation(model):
-        leaf, logits = _forward(model, some)
+    some = x.detach()[:: max(1, len(x) // PROBES)][:PROBES]
+    with evaluation(model):
+        leaf, logits = differentiable(model, some)
         weights = torch.randn(logits.shape, dtype=logits.dtype, generator=generator).to(logits)
         (slope,) = torch.autograd.grad(logits, leaf, weights, create_graph=True, materialize_grads=True)
         if not slope.requires_grad:
@@ -302,12 +299,12 @@ class ClosedForm:
 
 def _closed_forms(model: nn.Module, x: Tensor, memory: int) -> Iterator[ClosedForm]:
     """Go through the samples in chunks that take about ``memory`` bytes each."""
-    with _evaluation(model):
+    with evaluation(model):
         with torch.no_grad():
             classes = model(x[:1].clone()).shape[1]
         size = x[0].numel() * (classes - 1) * (2 * x.element_size() + 8) + 8 * 6 * classes**2
         for part, _ in _chunks(model, x, None, memory, size):
-            yield closed_form(*_forward(model, part))
+            yield closed_form(*differentiable(model, part))
 
 
 def closed_form(leaf: Tensor, logits: Tensor) -> ClosedForm:
@@ -354,11 +351,11 @@ def _by_lanczos(
         allowed = tol * theta.abs().amax(1, keepdim=True)
         return theta.shape[1] >= k and bool((residuals.gather(1, leading(theta)) <= allowed).all())
 
-    with _evaluation(model):
-        forward, dtype = _in_float64(model, x)
+    with evaluation(model):
+        forward, dtype = in_float64(model, x)
         for part, target in _chunks(model, x, labels, memory // 2, d * 8 * (4 * k + 40)):
             start = torch.randn(len(part), k, d, dtype=torch.float64, generator=generator).to(x.device)
-            theta, _, _ = _lanczos_on_each(_input_products(forward, part.to(dtype), target), start, generator, finished)
+            theta, _, _ = _lanczos_on_each(input_products(forward, part.to(dtype), target), start, generator, finished)
             found.append(theta.gather(1, leading(theta)))
     return torch.cat(found)
 
@@ -369,8 +366,8 @@ def _solve_by_lanczos(
     labels = _needed(y)
     generator = torch.Generator().manual_seed(0)
     solved, start = [], 0
-    with _evaluation(model):
-        forward, dtype = _in_float64(model, x)
+    with evaluation(model):
+        forward, dtype = in_float64(model, x)
         eps = x[0].numel() * torch.finfo(dtype).eps
         for part, target in _chunks(model, x, labels, memory // 2, x[0].numel() * 8 * 100):
             right = g[start : start + len(part)].flatten(1).double()
@@ -388,7 +385,7 @@ def _solve_by_lanczos(
                 residuals = torch.linalg.vector_norm(rest @ solution(theta, s), dim=1)[:, 0]
                 return bool((residuals <= tol * length).all())
 
-            products = _input_products(forward, part.to(dtype), target)
+            products = input_products(forward, part.to(dtype), target)
             theta, s, basis = _lanczos_on_each(products, right[:, None], generator, finished)
             solved.append((solution(theta, s).mT @ basis)[:, 0].to(x.dtype))
     return torch.cat(solved).view_as(x)
@@ -450,9 +447,9 @@ def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return w, total
 
 
-def _input_products(forward: Forward, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+def input_products(forward: Forward, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the map from vectors (N, d), float64, to the products with each sample's input Hessian."""
-    leaf, logits = _forward(forward, x)
+    leaf, logits = differentiable(forward, x)
     # The cross-entropy in differences to the most probable class: its derivatives do not cancel for confident samples.
     classes = logits.shape[1]
     top = logits.detach().argmax(1, keepdim=True)
@@ -471,46 +468,7 @@ def _input_products(forward: Forward, x: Tensor, y: Tensor) -> Callable[[Tensor]
     return product
 
 
-def _in_float64(model: nn.Module, x: Tensor) -> tuple[Forward, torch.dtype]:
-    """Return the network with weights in float64 and this dtype; its own where it computes in no other."""
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    double = {name: t.detach().double() if t.is_floating_point() else t for name, t in tensors}
-
-    def forward(x: Tensor) -> Tensor:
-        return torch.func.functional_call(model, double, (x,))  # type: ignore[no-any-return]
-
-    try:
-        forward(x[:1].double())
-    except RuntimeError:
-        return model, x.dtype
-    return forward, torch.float64
-
-
 # -- evaluation ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
-    # The random state is kept for models that draw although they are not in train mode.
-    with (
-        eval_mode(model),
-        full_precision(),
-        torch.random.fork_rng(devices),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        yield
-
-
-def _forward(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inputs as a leaf to differentiate by, and the logits (N, c)."""
-    leaf = x.detach().clone().requires_grad_()
-    logits = forward(leaf.clone())  # a copy, since networks may work in place
-    if not bool(torch.isfinite(logits).all()):
-        raise InputError("the model's outputs are not finite for some inputs: look for overflow")
-    return leaf, logits
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -520,7 +478,7 @@ def _softmax(logits: Tensor) -> Tensor:
 def _chunks(model: nn.Module, x: Tensor, y: Tensor | None, memory: int, extra: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Go through samples and labels in chunks of about ``memory`` bytes: three graphs' worth and ``extra`` a sample."""
     labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
-    graph = held_bytes(lambda: _forward(model, x[:1]), [*model.parameters(), *model.buffers()])
+    graph = held_bytes(lambda: differentiable(model, x[:1]), [*model.parameters(), *model.buffers()])
     size = max(1, memory // (3 * graph + extra))
     yield from zip(x.split(size), labels.split(size), strict=True)
 
@@ -540,29 +498,3 @@ def _chosen(model: nn.Module, x: Tensor, method: str) -> Literal["closed_form", 
         require_piecewise_linear(model, x, remedy="method='lanczos' with labels")
         return "closed_form"
     return "closed_form" if _bend(model, x) <= _STRAIGHT else "lanczos"
-
-
-def _check(model: nn.Module, x: Tensor, y: Tensor | None, probes: int = _PROBES) -> None:
-    if len(x) == 0:
-        raise InputError("there are no inputs: give at least one sample")
-    if y is not None and (y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool):
-        raise InputError(f"the labels are {y.dtype} of shape {tuple(y.shape)}: they must be integers of shape (N,)")
-    if y is not None and len(x) != len(y):
-        raise InputError(f"{len(x)} inputs and {len(y)} labels: give as many labels as inputs, at least one")
-    checks.sound_model(model)
-    like = next((p for p in model.parameters()), x)
-    if not x.is_floating_point():
-        raise InputError(f"the inputs are {x.dtype}: convert them to the model's {like.dtype}")
-    pairs = [(x, torch.zeros(len(x), device=x.device) if y is None else y)]
-    checks.data(pairs, like.device, like.dtype)
-    with _evaluation(model), torch.no_grad():
-        outputs = model(x[:1].clone())
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
-        told = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise InputError(f"the model returns {told} for one sample; it must return logits (N, c), c at least 2")
-    if not bool(torch.isfinite(outputs).all()):
-        raise InputError("the model's outputs are not finite: look for NaN in the weights")
-    if y is not None:
-        checks.labels(outputs, pairs)
-    with _evaluation(model):
-        checks.independent_samples(model, lambda part: model(part.clone()), x[:probes])

@@ -1,0 +1,92 @@
+"""Networks as functions of their samples: evaluated in eval mode and left as they were, with inputs that are checked.
+
+Shared by what differentiates with respect to the input: input Hessians and attacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hessnb.curvature import checks
+from hessnb.curvature.precision import full_precision
+from hessnb.errors import InputError
+from hessnb.models import eval_mode
+
+Forward = Callable[[Tensor], Tensor]
+
+# How many samples are probed for randomness and for dependence on each other.
+PROBES = 16
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluate inside in eval mode, in full precision, and with gradients; give all back afterwards as it was."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    # The random state is kept for models that draw although they are not in train mode.
+    with (
+        eval_mode(model),
+        full_precision(),
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def differentiable(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inputs as a leaf to differentiate by, and the logits (N, c)."""
+    leaf = x.detach().clone().requires_grad_()
+    logits = forward(leaf.clone())  # a copy, since networks may work in place
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError("the model's outputs are not finite for some inputs: look for overflow")
+    return leaf, logits
+
+
+def in_float64(model: nn.Module, x: Tensor) -> tuple[Forward, torch.dtype]:
+    """Return the network with weights in float64 and this dtype; its own where it computes in no other."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    double = {name: t.detach().double() if t.is_floating_point() else t for name, t in tensors}
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, double, (x,))  # type: ignore[no-any-return]
+
+    try:
+        forward(x[:1].double())
+    except RuntimeError:
+        return model, x.dtype
+    return forward, torch.float64
+
+
+def check_samples(model: nn.Module, x: Tensor, y: Tensor | None, probes: int = PROBES) -> None:
+    """Raise InputError unless samples x (N, ...), labels y (N,) and model fit together, and samples are independent.
+
+    ``probes`` is how many samples are looked at for the latter.
+    """
+    if len(x) == 0:
+        raise InputError("there are no inputs: give at least one sample")
+    if y is not None and (y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool):
+        raise InputError(f"the labels are {y.dtype} of shape {tuple(y.shape)}: they must be integers of shape (N,)")
+    if y is not None and len(x) != len(y):
+        raise InputError(f"{len(x)} inputs and {len(y)} labels: give as many labels as inputs, at least one")
+    checks.sound_model(model)
+    like = next((p for p in model.parameters()), x)
+    if not x.is_floating_point():
+        raise InputError(f"the inputs are {x.dtype}: convert them to the model's {like.dtype}")
+    pairs = [(x, torch.zeros(len(x), device=x.device) if y is None else y)]
+    checks.data(pairs, like.device, like.dtype)
+    with evaluation(model), torch.no_grad():
+        outputs = model(x[:1].clone())
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
+        told = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(f"the model returns {told} for one sample; it must return logits (N, c), c at least 2")
+    if not bool(torch.isfinite(outputs).all()):
+        raise InputError("the model's outputs are not finite: look for NaN in the weights")
+    if y is not None:
+        checks.labels(outputs, pairs)
+    with evaluation(model):
+        checks.independent_samples(model, lambda part: model(part.clone()), x[:probes])
