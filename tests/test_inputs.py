@@ -31,6 +31,7 @@ from hessnb.curvature import (
     inputs,
     is_piecewise_linear,
 )
+from hessnb.curvature.evaluation import differentiable
 from hessnb.data import Splits, load
 from hessnb.errors import InputError
 from hessnb.models import build
@@ -889,7 +890,7 @@ def test_a_network_without_trainable_weights_has_gradient_norms(model: nn.Module
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list to which the number of samples of each forward pass for derivatives is appended."""
     sizes: list[int] = []
-    forward = inputs.differentiable
+    forward = differentiable
 
     def noted(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         sizes.append(len(x))
