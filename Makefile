@@ -54,6 +54,7 @@ bench: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python tests/benchmarks/training_speed.py
 	$(BIN)/python tests/benchmarks/curvature_speed.py --publish book/record/benchmarks.json
+	$(BIN)/python tests/benchmarks/attack_speed.py --publish book/record/benchmarks.json
 
 clean:
 	rm -rf book/_build build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

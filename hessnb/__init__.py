@@ -2,7 +2,8 @@
 
 The package behind the book. Data flows one way through its modules, and imports follow it:
 
-    data -> models -> training -> curvature                 numerics, torch only
+    data -> models -> training -> curvature, landscape,
+                                  attacks, robustness       numerics, torch only
          -> experiments (spec, store, grid, run)            what to compute, and what is there
          -> paper, figures                                  what to show
          -> book, cli                                       how it is run and published
