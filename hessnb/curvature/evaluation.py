@@ -50,6 +50,8 @@ def differentiable(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
 def in_float64(model: nn.Module, x: Tensor) -> tuple[Forward, torch.dtype]:
     """Return the network with weights in float64 and this dtype; its own where it computes in no other."""
     tensors = (*model.named_parameters(), *model.named_buffers())
+    if all(t.dtype == torch.float64 for _, t in tensors if t.is_floating_point()):
+        return model, torch.float64
     double = {name: t.detach().double() if t.is_floating_point() else t for name, t in tensors}
 
     def forward(x: Tensor) -> Tensor:
