@@ -125,8 +125,9 @@ def _products(rows: list[dict[str, Any]]) -> str:
 
 
 def _memory(row: dict[str, Any]) -> str:
+    what = row["what"][0].upper() + row["what"][1:]
     return (
-        f"{row['what'][0].upper()}{row['what'][1:]}: {row['peak_gib']:.3g} GiB, with {row['graph_memory_gib']:.3g} GiB allowed for "
+        f"{what}: {row['peak_gib']:.3g} GiB, with {row['graph_memory_gib']:.3g} GiB allowed for "
         f"graphs, {row['basis_gib']:.3g} GiB for {row['basis_rows']} rows of the basis, and room for the eigenvectors; "
         f"{row['products']['ours']} products, largest residual {row['residual_max']['ours']:.0e}.\n"
     )

@@ -76,10 +76,8 @@ def test_memory_is_a_sentence_with_the_budget(tmp_path: Path) -> None:
             residual_max={"ours": 9e-5},
         ),
     )
-    assert (
-        "1.9 GiB, with 1 GiB allowed for graphs, 0.78 GiB for 60 rows of the basis, and room for the eigenvectors; 90 products"
-        in text
-    )
+    assert "1.9 GiB, with 1 GiB allowed for graphs, 0.78 GiB for 60 rows of the basis, and room for" in text
+    assert "; 90 products" in text
 
 
 def test_without_measurements_it_says_so(tmp_path: Path) -> None:
