@@ -82,7 +82,7 @@ def _large_batch(name: str, k: int | None = None) -> Tasks:
 
 
 def _table1(profile: Profile, seed: int) -> list[Task]:
-    return [*_large_batch("C1")(profile, seed), *_large_batch("C2", 1)(profile, seed)]
+    return [*_large_batch("C1", 1)(profile, seed), *_large_batch("C2", 1)(profile, seed)]
 
 
 def _adversarial(name: str) -> Tasks:
