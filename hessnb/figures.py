@@ -285,7 +285,7 @@ def perturbed_pictures(x: Tensor, ends: Mapping[str, Tensor], verdicts: Mapping[
             lower.set_xlabel(verdicts[label].replace(" (", "\n("), fontsize=10)
             for axis in (upper, lower):
                 axis.set(xticks=[], yticks=[])
-                axis.grid(visible=False)
+                axis.spines[:].set_visible(False)
         axes[0, 0].set_ylabel("change", fontsize=10)
         axes[1, 0].set_ylabel("picture", fontsize=10)
         figure.colorbar(change, ax=axes[0, :], shrink=0.9, pad=0.01).ax.tick_params(labelsize=9)
