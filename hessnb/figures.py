@@ -14,13 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from hessnb.attacks import ATTACKS
+from hessnb.attacks import ATTACKS, Perturbation
 from hessnb.curvature import InputCurvature
 from hessnb.data import Splits
 from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
+from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy
 from hessnb.models import layers
 from hessnb.paper.adversarial import accuracy_under, network_name
+from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
 from hessnb.paper.large_batch import attacked, input_gradient, input_lambda1, lambda1
 from hessnb.paper.published import published
 
@@ -263,4 +265,127 @@ def layer_spectra(blocks: Sequence[Outcome], whole: Sequence[Outcome]) -> Figure
         axis.set(ylabel="eigenvalue of the layer's block")
         axis.grid(axis="x", visible=False)
         axis.legend(fontsize=10)
+    return figure
+
+
+def perturbed_pictures(x: Tensor, ends: Mapping[str, Tensor], verdicts: Mapping[str, str]) -> Figure:
+    """Show a picture (1, 1, H, W), what attacks add to it (upper row) and what comes out, by attack, with verdicts.
+
+    ``ends`` are the perturbed pictures, ``verdicts`` what the network takes each for, under "none" the picture itself.
+    """
+    pictures = {"none": x, **ends}
+    largest = max(float((end - x).abs().max()) for end in ends.values())
+    with style():
+        figure, axes = plt.subplots(2, len(pictures), figsize=(7.0, 2.9), layout="constrained", squeeze=False)
+        plt.close(figure)
+        for (upper, lower), (label, picture) in zip(axes.T, pictures.items(), strict=True):
+            change = upper.imshow((picture - x)[0, 0].numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
+            lower.imshow(picture[0, 0].numpy(), cmap="gray", vmin=0, vmax=1)
+            upper.set_title(label, fontsize=11)
+            lower.set_xlabel(verdicts[label].replace(" (", "\n("), fontsize=10)
+            for axis in (upper, lower):
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+        axes[0, 0].set_ylabel("change", fontsize=10)
+        axes[1, 0].set_ylabel("picture", fontsize=10)
+        figure.colorbar(change, ax=axes[0, :], shrink=0.9, pad=0.01).ax.tick_params(labelsize=9)
+    return figure
+
+
+def accuracy_against_cg_steps(live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
+    """Show accuracy (%) under the second-order attacks against conjugate gradient steps, from one to exact."""
+    solvers = cg_settings(live)
+    with style():
+        figure, (axis,) = _new()
+        for i, method in enumerate(SECOND_ORDER):
+            for outcomes, line, told in ((live, "-", "live"), (record, "--", "record")):
+                found = [under(outcomes, method, **settings) for settings in solvers.values()]
+                points = [(column, sum(values) / len(values)) for column, values in enumerate(found) if values]
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True), line, marker=MARKERS[i], color=COLOURS[i], label=f"{method}, {told}"
+                    )
+        axis.set_xticks(range(len(solvers)), list(solvers))
+        axis.set(xlabel="steps of conjugate gradients", ylabel="accuracy under attack, %", ylim=(0, 100))
+        axis.legend(fontsize=10)
+    return figure
+
+
+def accuracy_against_size(live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
+    """Show accuracy (%) under the five attacks against their size eps, live and, where there is one, recorded."""
+    shown = [(outcomes, title) for outcomes, title in ((live, "live"), (record, "record"))]
+    shown = [(outcomes, title) for outcomes, title in shown if any(o.measurements for o in outcomes)]
+    with style():
+        figure, axes = _new(len(shown), width=6.0 if len(shown) == 1 else 7.0, share_y=True)
+        for axis, (outcomes, title) in zip(axes, shown, strict=True):
+            attacks = [m.attack for m in outcomes[0].task.measures if isinstance(m, AttackAccuracy)]
+            start = sum(clean(outcomes)) / len(clean(outcomes))
+            for i, method in enumerate(ATTACKS):
+                sizes = sorted({attack.eps for attack in attacks if attack.method == method})
+                found = {eps: values for eps in sizes if (values := under(outcomes, method, eps=eps))}
+                heights = [start, *(sum(values) / len(values) for values in found.values())]
+                axis.plot([0, *found], heights, marker=MARKERS[i], color=COLOURS[i], label=method)
+            axis.set(title=title, xlabel="ε, pixels", ylim=(-3, 103))
+        axes[0].set_ylabel("accuracy under attack, %")
+        axes[0].legend(fontsize=10)
+    return figure
+
+
+def inexact_steps(records: Mapping[int, Perturbation]) -> Figure:
+    """Show, by conjugate gradient steps, the cosine of step and gradient and the residual: medians and quartiles."""
+    levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    with style():
+        figure, (left, right) = _new(2, width=7.0)
+        for i, (axis, field) in enumerate(((left, "cosine"), (right, "residual"))):
+            low, middle, high = torch.stack([getattr(r, field).quantile(levels) for r in records.values()]).T
+            axis.fill_between(list(records), low, high, alpha=0.25, color=COLOURS[i])
+            axis.plot(list(records), middle, marker=MARKERS[i], color=COLOURS[i])
+            axis.set(xlabel="steps of conjugate gradients")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        left.set(ylabel="cosine of step and gradient", ylim=(0, 1.03))
+        right.set(ylabel="residual, relative to |g|", yscale="log")
+    return figure
+
+
+def relative_spectra(eigenvalues: Mapping[str, Tensor]) -> Figure:
+    """Show input eigenvalues (N, k), relative to each sample's largest: medians and quartiles, one colour a network."""
+    levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    with style():
+        figure, (axis,) = _new()
+        for i, (label, found) in enumerate(eigenvalues.items()):
+            shares = found[found[:, 0] > 0]
+            shares = (shares / shares[:, :1]).clamp_min(1e-12)
+            low, middle, high = shares.quantile(levels, dim=0)
+            index = range(1, found.shape[1] + 1)
+            axis.fill_between(index, low, high, alpha=0.25, color=COLOURS[i])
+            axis.semilogy(index, middle, marker=MARKERS[i], color=COLOURS[i], label=label)
+        axis.set(xlabel="index of the eigenvalue", ylabel="eigenvalue / largest")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(fontsize=10)
+    return figure
+
+
+def dampings(sweeps: Mapping[str, DampingSweep]) -> Figure:
+    """Show accuracy (%) under each damping taken for all samples, and for which share each gives the largest loss."""
+    with style():
+        figure, axes = plt.subplots(2, 1, figsize=(6.4, 5.0), layout="constrained", sharex=True)
+        plt.close(figure)
+        upper, lower = axes
+        for i, (label, sweep) in enumerate(sweeps.items()):
+            positions = range(len(sweep.dampings))
+            heights = [100 * a.value for a in sweep.accuracies]
+            bars = [
+                [100 * (a.value - a.low) for a in sweep.accuracies],
+                [100 * (a.high - a.value) for a in sweep.accuracies],
+            ]
+            line = {"marker": MARKERS[i], "color": COLOURS[i]}
+            upper.errorbar(positions, heights, yerr=bars, capsize=3, label=label, **line)
+            width = 0.8 / len(sweeps)
+            left = [p + width * (i - (len(sweeps) - 1) / 2) for p in positions]
+            shares = [100 * n / sum(sweep.chosen) for n in sweep.chosen]
+            lower.bar(left, shares, width, color=COLOURS[i])
+            lower.set_xticks(positions, sweep.labels, rotation=45, ha="right")
+        upper.set(ylabel="accuracy, %, all alike")
+        lower.set(ylabel="chosen for, %", xlabel="damping, in multiples of the largest eigenvalue")
+        upper.legend(fontsize=10)
     return figure

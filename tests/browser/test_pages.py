@@ -26,13 +26,15 @@ PAGES = [
     "notebooks/01_models_and_data.html",
     "notebooks/02_saddle_free.html",
     "notebooks/03_hessian_spectrum.html",
+    "notebooks/06_five_attacks.html",
+    "notebooks/09_second_order.html",
     "book/silent.html",
     "book/speed.html",
     "book/provenance.html",
     "book/bibliography.html",
 ]
 WITH_MATHEMATICS = {page for page in PAGES if page.startswith("notebooks/")} | {"book/silent.html", "book/speed.html"}
-FIGURES = {"01": 1, "02": 3, "03": 4}
+FIGURES = {"01": 1, "02": 3, "03": 4, "06": 4, "09": 2}
 WIDTHS = {"phone": 390, "desk": 1280}
 
 

@@ -1,0 +1,293 @@
+"""The attacks of Table 5 taken apart, and the second-order ones of section 3.4: accuracies beside the record."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hessnb.attacks import ATTACKS, Perturbation, damped_newton, l2_hessian
+from hessnb.attacks.loop import wrongness
+from hessnb.attacks.second_order import DAMPINGS
+from hessnb.errors import RunFailed
+from hessnb.experiments.grid import artefact
+from hessnb.experiments.profile import load_profile
+from hessnb.experiments.record import recorded
+from hessnb.experiments.run import Outcome, compute
+from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy, AttackSpec
+from hessnb.experiments.store import Store
+from hessnb.models import eval_mode
+from hessnb.paper.published import published
+from hessnb.paper.tables import Table, mean_and_spread
+from hessnb.robustness import accuracy, predictions
+from hessnb.statistics import Interval, proportion
+
+# Where the paper has the original networks under attack: its table by network.
+_PAPER = {"M1": "table3", "C3": "table4"}
+
+
+def live_and_recorded(
+    name: str,
+    network: str,
+    *,
+    profile: str = "quick",
+    seeds: int | None = None,
+    device: str = "cpu",
+    store: str | Path | None = None,
+) -> tuple[list[Outcome], list[Outcome]]:
+    """Return what an artefact shows of one network, computing what the store lacks, and what the record holds of it.
+
+    Raises InputError for an unknown name, and RunFailed when a training diverged.
+    """
+    tasks = [t for t in artefact(name).tasks(load_profile(profile), seeds) if t.spec.model.name == network]
+    live = compute(Store(store), tasks, device=device)
+    for outcome in live:
+        if outcome.result is not None and outcome.result.status == "failed":
+            raise RunFailed(f"{outcome.task.spec.label}: {outcome.result.reason}")
+    return live, [outcome for outcome in recorded(name) if outcome.task.spec.model.name == network]
+
+
+def under(outcomes: Sequence[Outcome], method: str, **settings: object) -> list[float]:
+    """Return the accuracies (%), one a network, under an attack on itself with these fields of its `AttackSpec`."""
+    found = []
+    for outcome in outcomes:
+        values = [
+            100 * float(measurement.values["accuracy"])
+            for measure, measurement in outcome.measurements.items()
+            if isinstance(measure, AttackAccuracy)
+            and (measure.source, measure.attack.method) == (None, method)
+            and all(getattr(measure.attack, field) == value for field, value in settings.items())
+        ]
+        found += values[:1]
+    return found
+
+
+def clean(outcomes: Sequence[Outcome]) -> list[float]:
+    """Return the accuracies (%) on the test set without an attack, one a network."""
+    return [100 * o.result.history[-1].test_accuracy for o in outcomes if o.result and o.result.status == "done"]
+
+
+def variations(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return accuracies (%) under the five attacks, each choice changed alone, and the paper's (``table5``)."""
+    usual: dict[str, object] = {"clip": False, "precision": None, "scale": None}
+    columns = {
+        "not clipped": usual,
+        "clipped": usual | {"clip": True},
+        "own precision": usual | {"precision": "own"},
+        "radius ε": usual | {"scale": "unit"},
+    }
+    rows = []
+    for method in ATTACKS:
+        cells = [_shown(under(outcomes, method, **settings)) for settings in columns.values()]
+        if not method.startswith("L2"):
+            cells[-1] = "–"
+        rows.append((method, *cells, _published("M1", method)))
+    return Table(name, caption, ("Attack", *columns, "paper"), tuple(rows))
+
+
+def clipping(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return accuracies (%) under FGSM and FGSM-10, clipped and not, live, recorded and the paper's (``table5``)."""
+    rows = []
+    for method in ("FGSM", "FGSM-10"):
+        cells = [
+            _shown(under(outcomes, method, clip=clip, precision=None, scale=None))
+            for outcomes in (live, record)
+            for clip in (False, True)
+        ]
+        rows.append((method, *cells, _published("M1", method)))
+    header = ("Attack", "live, not clipped", "live, clipped", "record, not clipped", "record, clipped", "paper")
+    return Table(name, caption, header, tuple(rows))
+
+
+def steps_of_cg(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return accuracies (%) under the second-order attacks by conjugate gradient steps, and the paper's (``cg``)."""
+    network = live[0].task.spec.model.name
+    rows = []
+    for label, settings in cg_settings(live).items():
+        cells = [_shown(under(outcomes, method, **settings)) for method in SECOND_ORDER for outcomes in (live, record)]
+        rows.append((label, *cells))
+    rows.append(("paper, steps not given", "", _published(network, "FHSM"), "", _published(network, "L2HESS")))
+    header = ("CG steps", *(f"{method}, {where}" for method in SECOND_ORDER for where in ("live", "record")))
+    return Table(name, caption, header, tuple(rows))
+
+
+def cg_settings(outcomes: Sequence[Outcome]) -> dict[str, dict[str, object]]:
+    """Return the fields that tell the solvers of the sweep apart, by label: numbers of steps, then "exact"."""
+    steps = {attack.cg_steps for attack in _attacks(outcomes) if attack.cg_steps and attack.solver is None}
+    iterated: dict[str, dict[str, object]] = {str(n): {"cg_steps": n, "solver": None} for n in sorted(steps)}
+    return iterated | {"exact": {"solver": "exact"}}
+
+
+def equal_size(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return accuracies (%) under all attacks of ``section34`` with 95 % intervals, and the paper's.
+
+    Of one network the interval is Wilson's, over its test samples; of several it is mean and standard deviation.
+    """
+    network = live[0].task.spec.model.name
+    rows = [("none", *(_interval(outcomes, None) for outcomes in (live, record)), _published(network, "clean"))]
+    for attack in _attacks(live):
+        label = f"{attack.method}, exact" if attack.solver == "exact" else attack.method
+        paper = _published(network, attack.method) if attack.method in ATTACKS else "–"
+        rows.append((label, *(_interval(outcomes, attack) for outcomes in (live, record)), paper))
+    return Table(name, caption, ("Attack", "live", "record", "paper"), tuple(rows))
+
+
+def per_sample(records: Mapping[str, Perturbation], *, name: str, caption: str) -> Table:
+    """Return what attacks did to samples, by attack: norms, cosine to the gradient, CG steps, residual, zeros."""
+    rows = []
+    for label, told in records.items():
+        iterated = bool(told.cg_steps.any())
+        rows.append(
+            (
+                label,
+                f"{told.l2.mean():.3f}",
+                f"{told.linf.mean():.3f}",
+                f"{told.cosine.median():.3f}",
+                f"{told.cg_steps.double().mean():.1f}" if iterated else "–",
+                f"{told.residual.median():.0e}" if iterated else "–",
+                str(int(told.zero_gradients.sum())),
+            )
+        )
+    header = ("Attack", "L2 norm", "L∞ norm", "cosine to g", "CG steps", "residual", "zero gradients")
+    return Table(name, caption, header, tuple(rows))
+
+
+def ways(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ends: Mapping[str, Tensor],
+    *,
+    gradient: str,
+    nearest: str,
+    name: str,
+    caption: str,
+) -> Table:
+    """Return where attacks lead: median cosines of their steps with two of them, and the classes that they end in.
+
+    ``ends`` are perturbed samples (N, ...) by attack, ``gradient`` and ``nearest`` the names of the two. The last
+    column counts only samples that were right and became wrong: the share whose new class was the second most probable.
+    """
+    with torch.no_grad(), eval_mode(model):
+        logits = model(x)
+    runner_up = logits.scatter(1, y[:, None], -torch.inf).argmax(1)
+    right = logits.argmax(1) == y
+    moves = {label: (end - x).flatten(1).double() for label, end in ends.items()}
+    rows = []
+    for label, end in ends.items():
+        found = predictions(model, end)
+        fooled = right & (found != y)
+        hit = proportion(int((found == runner_up)[fooled].sum()), int(fooled.sum())) if bool(fooled.any()) else None
+        cosines = [torch.cosine_similarity(moves[label], moves[other], dim=1) for other in (gradient, nearest)]
+        rows.append(
+            (
+                label,
+                _percent(proportion(int((found == y).sum()), len(y))),
+                *(f"{cosine.median():.2f}" for cosine in cosines),
+                _percent(hit) if hit else "–",
+            )
+        )
+    header = ("Attack", "accuracy %", f"cosine to {gradient}", f"cosine to {nearest}", "ends in the runner-up %")
+    return Table(name, caption, header, tuple(rows))
+
+
+@dataclass(frozen=True)
+class DampingSweep:
+    """The ``accuracies`` under (H + gamma I)^-1 g for each of ``dampings``, taken for all samples alike, and for how
+    many samples each is ``chosen``, since it gives the largest loss.
+    """
+
+    dampings: tuple[float, ...]
+    accuracies: list[Interval]
+    chosen: list[int]
+
+    @property
+    def labels(self) -> list[str]:
+        """The dampings in words: 0 is Newton's step, infinity the gradient."""
+        words = {0.0: "Newton", math.inf: "gradient"}
+        return [words.get(damping, f"{damping:g}".replace("-", "−")) for damping in self.dampings]
+
+
+def damping_sweep(
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, dampings: tuple[float, ...] = DAMPINGS
+) -> DampingSweep:
+    """Attack samples with each damping alone, in the L2 ball of radius eps sqrt(d), not clipped."""
+    accuracies, losses = [], []
+    for damping in dampings:
+        end = damped_newton(model, x, y, eps=eps, dampings=(damping,), bounds=None)
+        accuracies.append(accuracy(model, end, y))
+        with torch.no_grad(), eval_mode(model):
+            losses.append(wrongness(model(end).double(), y))
+    chosen = torch.stack(losses).argmax(0)
+    return DampingSweep(dampings, accuracies, chosen.bincount(minlength=len(dampings)).tolist())
+
+
+def verdict(model: nn.Module, x: Tensor, classes: Sequence[str]) -> str:
+    """Return the most probable class of one sample (1, ...) and its probability."""
+    with torch.no_grad(), eval_mode(model):
+        p = model(x).softmax(1)[0]
+    return f"{classes[int(p.argmax())]} ({p.max():.1%})"
+
+
+def _attacks(outcomes: Sequence[Outcome]) -> list[AttackSpec]:
+    measures = [m for outcome in outcomes for m in outcome.task.measures]
+    return list(dict.fromkeys(m.attack for m in measures if isinstance(m, AttackAccuracy)))
+
+
+def _shown(values: Sequence[float]) -> str:
+    return mean_and_spread(values, "{:.1f}")
+
+
+def _published(network: str, method: str) -> str:
+    return f"{float(published(_PAPER[network])[method]['ORI']):.1f}"
+
+
+def _interval(outcomes: Sequence[Outcome], attack: AttackSpec | None) -> str:
+    """Return the accuracy (%) of one network with its interval, or mean and spread of several; None: unattacked."""
+    if attack is None:
+        found = clean(outcomes)
+    else:
+        fields = {field: getattr(attack, field) for field in ("clip", "solver", "scale", "precision")}
+        found = under(outcomes, attack.method, **fields)
+    if len(found) != 1:
+        return _shown(found)
+    sizes = [m.values["n_samples"] for m in outcomes[0].measurements.values() if "n_samples" in m.values]
+    if not sizes:
+        return _shown(found)
+    return _percent(proportion(round(found[0] / 100 * sizes[0]), sizes[0]))
+
+
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval.value:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+
+
+def identities(model: nn.Module, x: Tensor, y: Tensor, *, name: str, caption: str) -> Table:
+    """Return what theory says of the second-order step and what is found, in float64: median and worst of samples."""
+    double, x = copy.deepcopy(model).double().eval(), x.double()
+
+    def solved(**settings: Any) -> Perturbation:
+        return l2_hessian.record(double, x, y, eps=1e-3, bounds=None, **settings)
+
+    exact = solved(solver="exact")
+    change: Tensor = torch.func.jvp(double, (x,), (exact.x_adv - x,))[1]
+    true = change.gather(1, y[:, None])
+    wrong = change[F.one_hot(y, change.shape[1]) == 0].view(len(y), -1)
+    spread = (wrong.amax(1) - wrong.amin(1)) / (wrong.mean(1) - true[:, 0])
+    iterated = torch.cosine_similarity((solved(cg_steps=9).x_adv - x).flatten(1), (exact.x_adv - x).flatten(1), dim=1)
+    cases = (
+        ("the wrong logits move alike", "their spread, by the true one's move", spread.abs()),
+        ("one CG step is the gradient", "1 − cosine to g", (1 - solved(cg_steps=1).cosine).abs()),
+        ("so is infinite damping", "1 − cosine to g, γ = 10⁶", (1 - solved(damping=1e6, solver="exact").cosine).abs()),
+        ("nine CG steps are exact", "1 − cosine to the exact step", (1 - iterated).abs()),
+    )
+    rows = [(claim, what, "0", f"{found.median():.0e}", f"{found.max():.0e}") for claim, what, found in cases]
+    ascent = f"{exact.cosine.median():.2f}", f"{exact.cosine.min():.2f}"
+    rows.append(("Newton's step ascends", "cosine to g", "> 0", *ascent))
+    return Table(name, caption, ("Identity", "Measured", "Theory", "median", "worst"), tuple(rows))
