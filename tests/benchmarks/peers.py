@@ -213,7 +213,7 @@ def input_power_iteration(
     leaf, gradient = _input_gradient(model, x, y)
     v = torch.randn(len(x), x[0].numel(), generator=torch.Generator().manual_seed(0))
     v = F.normalize(v, eps=0.0)
-    iterations, progress = 0, time.perf_counter()
+    iterations, progress = 0, time.process_time()
     while iterations < max_iter and not bool(stopped.all()):
         iterations += 1
         (product,) = torch.autograd.grad(gradient, leaf, v.view_as(leaf), retain_graph=True)
@@ -229,11 +229,11 @@ def input_power_iteration(
         now = before | (error <= tol * value.abs())  # a product of zero stops, too
         stopped[samples] = now
         if bool((now & ~before).any()):
-            progress = time.perf_counter()
+            progress = time.process_time()
         if len(samples) > int(now.sum()) >= len(samples) / 10:
             v, samples = v[~now], samples[~now]
             leaf, gradient = _input_gradient(model, x[samples], y[samples])
-    return InputEigenvalues(eigenvalues, int((~stopped).sum()), time.perf_counter() - progress)
+    return InputEigenvalues(eigenvalues, int((~stopped).sum()), time.process_time() - progress)
 
 
 def _input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
