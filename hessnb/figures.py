@@ -147,11 +147,16 @@ def accuracy_against_batch(table: str, live: Sequence[Outcome], record: Sequence
         figure, axes = _new(len(sizes), width=7.0, share_y=True)
         for axis, eps in zip(axes, sizes, strict=True):
             axis.plot(paper.index, paper[f"adversarial_{eps}_test"], "--", marker="x", color=COLOURS[6], label="paper")
-            for label, outcomes, i in (("ours, paper's scale", record, 0), ("ours, live", live, 1)):
+            for label, outcomes, plain, i in (
+                ("ours, float32", record, True, 0),
+                ("ours, exact", record, False, 2),
+                ("live, float32", live, True, 1),
+                ("live, exact", live, False, 5),
+            ):
                 points = sorted(
                     (o.task.spec.recipe.batch_size, accuracy[0])
                     for o in outcomes
-                    if (accuracy := attacked(float(eps))([o], "test"))
+                    if (accuracy := attacked(float(eps), plain=plain)([o], "test"))
                 )
                 if points:
                     axis.plot(*zip(*points, strict=True), marker=MARKERS[i], color=COLOURS[i], label=label)

@@ -165,7 +165,7 @@ def test_tables_of_batch_sizes_show_robustness_and_input_curvature(store: Store)
     table = large_batch.robustness("table1", found, name="tab-x", caption="a caption")
     assert table.header == (
         "Batch",
-        *(t for eps in ("0.02", "0.01", "0.005") for t in (f"ε = {eps}, ours", "paper")),
+        *(t for eps in ("0.02", "0.01", "0.005") for t in (f"ε = {eps}, exact", f"ε = {eps}, float32, ours", "paper")),
         "Seeds",
     )
     measured = large_batch.attacked(0.01)([found[0]], "test")

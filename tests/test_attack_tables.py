@@ -69,10 +69,11 @@ def test_variations_change_one_choice_in_each_column() -> None:
         assert row[1] == expected(found, **usual)
         assert row[2] == expected(found, **(usual | {"clip": True}))
         assert row[3] == expected(found, **(usual | {"precision": "own"}))
-        assert row[4] == (expected(found, **(usual | {"scale": "unit"})) if row[0].startswith("L2") else "–")
-    assert column(table.rows, 5) == ["60.4", "77.3", "14.3", "82.0", "33.2"]
+        assert row[4] == expected(found, **(usual | {"precision": "plain"}))
+        assert row[5] == (expected(found, **(usual | {"scale": "unit"})) if row[0].startswith("L2") else "–")
+    assert column(table.rows, 6) == ["60.4", "77.3", "14.3", "82.0", "33.2"]
     empty = attacks.variations([], name="tab-y", caption="a caption")
-    assert {cell for row in empty.rows for cell in row[1:4]} == {NOT_MEASURED}
+    assert {cell for row in empty.rows for cell in row[1:5]} == {NOT_MEASURED}
 
 
 def test_clipping_shows_live_beside_record() -> None:

@@ -670,3 +670,40 @@ def test_autoattack_refuses_bad_options(
 
 def test_the_table_of_attacks_has_the_names_of_the_paper() -> None:
     assert list(ATTACKS) == ["FGSM", "FGSM-10", "L2GRAD", "FHSM", "L2HESS"]
+
+
+# -- what float32 does to the gradient ------------------------------------------------------------------------------
+
+
+class Confident(nn.Module):
+    """Three logits of two pixels: a linear map, and a lead of the first, with which p_1 is 1 in float32."""
+
+    def __init__(self, lead: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.25]]))
+        self.lead = lead
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T + torch.tensor([self.lead, 0.0, 0.0], dtype=x.dtype)
+
+
+def test_plain_precision_is_the_gradient_as_most_code_computes_it() -> None:
+    model = build("M1", width=0.1, seed=0).eval()
+    x = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(6)
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+    found = fgsm(model, x, y, eps=0.1, bounds=None, precision="plain")
+    assert ((found - (x + 0.1 * g.sign())).abs() <= 1e-7).all()
+
+
+def test_rounding_hides_the_true_class_from_the_plain_gradient_of_a_confident_sample() -> None:
+    x, y = torch.full((1, 1, 1, 2), 0.5), torch.zeros(1, dtype=torch.int64)
+    model = Confident(20.0)
+    exact = fgsm(model, x, y, eps=0.1) - x
+    assert torch.equal(exact.sign().flatten(), torch.tensor([-1.0, 1.0]))
+    assert torch.equal((fgsm(model, x, y, eps=0.1, precision="own") - x).sign(), exact.sign())
+    plain = fgsm(model, x, y, eps=0.1, precision="plain") - x
+    assert torch.equal(plain.sign().flatten(), torch.tensor([0.0, 1.0]))  # p_1 - 1 is zero: no way down the first logit
+    less = fgsm(Confident(5.0), x, y, eps=0.1, precision="plain") - x
+    assert torch.equal(less.sign(), exact.sign())

@@ -43,7 +43,7 @@ def test_status_shows_what_is_there(store: Path) -> None:
     shown = call("status", *SMOKE, "--store", store)
     assert shown.exit_code == 0
     assert "there" in shown.stdout
-    assert "20/20" in shown.stdout
+    assert "32/32" in shown.stdout
     every = call("status", "--all", "--store", store)
     assert all(profile in every.stdout for profile in ("smoke", "quick", "laptop", "paper"))
 
@@ -51,7 +51,7 @@ def test_status_shows_what_is_there(store: Path) -> None:
 def test_record_publishes_and_then_has_nothing_more_to_do(store: Path, tmp_path: Path) -> None:
     first = call("record", *SMOKE, "--store", store, "--into", tmp_path)
     assert first.exit_code == 0, first.output
-    assert "22 file(s) changed" in first.stdout
+    assert "34 file(s) changed" in first.stdout
     assert "0 file(s) changed" in call("record", *SMOKE, "--store", store, "--into", tmp_path).stdout
 
 

@@ -95,7 +95,10 @@ def test_paper_profile_is_the_papers_table_seven() -> None:
     assert measures[2:4] == (InputCurvature(split="train"), InputCurvature(split="test"))
     attacks = [m for m in measures if isinstance(m, AttackAccuracy)]
     assert [(m.split, m.attack) for m in attacks] == [
-        (split, AttackSpec(method="FGSM", eps=eps, clip=True)) for eps in (0.2, 0.1, 0.05) for split in grid.SPLITS
+        (split, AttackSpec(method="FGSM", eps=eps, clip=True, precision=precision))
+        for precision in (None, "plain")
+        for eps in (0.2, 0.1, 0.05)
+        for split in grid.SPLITS
     ]
     assert measures[4:] == tuple(attacks)
 

@@ -7,7 +7,9 @@ the same arguments, a `Perturbation` that also says what happened to each. All h
     x, y        samples (N, ...) of d entries each, and integer labels (N,)
     eps         the radius in pixels, one or (N,); L2 attacks take it times sqrt(d) unless ``scale="unit"``
     bounds      what samples are clipped to, (0, 1) unless given; None does not clip
-    precision   "float64", or "own" for the network's: faster, and a few signs of the gradient differ
+    precision   "float64"; "own" for the network's: faster, and a few signs of the gradient differ; "plain" for the
+                network's and the loss as it stands, where a confident sample loses the true class's part of the
+                gradient to rounding (p_y - 1 is 0): what most code computes, and a weaker attack
     batch_size  how many samples are worked on at a time; the result does not depend on it
 
 The network is evaluated in eval mode and left as it was: parameters, buffers, ``.grad``, each module's mode and the

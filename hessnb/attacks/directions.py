@@ -1,7 +1,8 @@
 """The directions in which the attacks step: the gradient, and the gradient preconditioned by the input Hessian.
 
 Gradients are taken of p - e_y scaled to length one, with p_y - 1 as minus the sum of the others: neither cancels nor
-underflows for a confident sample. Directions have no length, so their scale is of no account.
+underflows for a confident sample; a `Point` that is plain leaves the gradient as rounding makes it. Directions have no
+length, so their scale is of no account.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hessnb.attacks.ball import Norm, normalised
@@ -23,7 +25,8 @@ EPS = torch.finfo(torch.float64).eps
 def gradient(point: Point) -> Step:
     """The gradient g of the loss (Goodfellow et al., 2015; the paper's equation 2.2)."""
     leaf, logits = differentiable(point.forward, point.x)
-    (g,) = torch.autograd.grad(logits, leaf, _slope(logits, point.y).to(logits.dtype), materialize_grads=True)
+    slope = _plain_slope if point.plain else _slope
+    (g,) = torch.autograd.grad(logits, leaf, slope(logits, point.y).to(logits.dtype), materialize_grads=True)
     g = g.flatten(1)
     return Step(along=g, gradient=g)
 
@@ -130,6 +133,13 @@ def _slope(logits: Tensor, y: Tensor) -> Tensor:
     others = logits.detach().double().scatter(1, y[:, None], -torch.inf).softmax(1)
     # p without p_y is (1 - p_y) times the softmax of the others, and p_y - 1 minus their sum.
     return normalised(others.scatter(1, y[:, None], -1.0))
+
+
+def _plain_slope(logits: Tensor, y: Tensor) -> Tensor:
+    """Return p - e_y (n, c) as PyTorch computes it: p_y - 1 is zero where p_y rounds to one."""
+    leaf = logits.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(leaf, y, reduction="sum"), leaf)
+    return slope
 
 
 def _factorised(point: Point) -> tuple[ClosedForm, Tensor, Tensor]:

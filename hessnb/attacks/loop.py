@@ -19,7 +19,7 @@ from hessnb.attacks import checks
 from hessnb.attacks.ball import Ball, Bounds, Norm, normalised, unit_ball
 from hessnb.curvature.evaluation import check_samples, evaluation, in_float64
 
-Precision = Literal["float64", "own"]
+Precision = Literal["float64", "own", "plain"]
 Scale = Literal["sqrt_dim", "unit"]
 Forward = Callable[[Tensor], Tensor]
 P = ParamSpec("P")
@@ -60,13 +60,15 @@ class Attack(Generic[P]):
 @dataclass(frozen=True)
 class Point:
     """Samples ``x`` (n, ...) with labels ``y`` (n,) on their way, the network ``forward`` in their precision, and
-    ``move``, which tells where a step along directions (n, d) ends, projected and clipped.
+    ``move``, which tells where a step along directions (n, d) ends, projected and clipped. ``plain``: the gradient is
+    taken of the loss as it stands, with its rounding.
     """
 
     forward: Forward
     x: Tensor
     y: Tensor
     move: Callable[[Tensor], Tensor]
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def perturb(
     checks.inside(bounds, x)
     checks.among("norm", norm, ["linf", "l2"])
     checks.among("scale", scale, ["sqrt_dim", "unit"])
-    checks.among("precision", precision, ["float64", "own"])
+    checks.among("precision", precision, ["float64", "own", "plain"])
     if batch_size is None:  # chunks that stay in the processor's cache, or keep a GPU busy
         batch_size = 50 if x.device.type == "cpu" else 1000
     unit = math.sqrt(x[0].numel()) if scale == "sqrt_dim" else 1.0
@@ -131,7 +133,7 @@ def perturb(
             for i, (given, labels, r, h) in enumerate(zip(*columns, strict=True)):
                 ball = Ball(given.to(dtype), r.to(dtype), norm, bounds)
                 start = ball.inside(noise[i]) if noise else ball.centre
-                found = _walk(forward, labels, direction, ball, h.to(dtype), steps, given, start)
+                found = _walk(forward, labels, direction, ball, h.to(dtype), steps, given, start, precision == "plain")
                 if restart:
                     kept[i] = _worse(forward, labels, kept[i], found, dtype)
                 else:
@@ -154,12 +156,13 @@ def _walk(
     steps: int,
     given: Tensor,
     x: Tensor,
+    plain: bool,
 ) -> Perturbation:
     """Take all steps from x (n, ...), which lies in the ball, and record them."""
     zeros = given.new_zeros(len(given), dtype=torch.float64)
     zero_gradients = zeros.long()
     for _ in range(steps):
-        step = direction(Point(forward, x, y, partial(ball.step, x, length=length)))
+        step = direction(Point(forward, x, y, partial(ball.step, x, length=length), plain))
         gradient = step.gradient
         along = step.along
         if along is not gradient:  # a direction that overflowed is none

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from hessnb import models
 from hessnb.attacks import ATTACKS, BEYOND
@@ -69,7 +70,12 @@ def _large_batch(name: str, k: int | None = None) -> Tasks:
 
     def tasks(profile: Profile, seed: int) -> list[Task]:
         network, spectrum = profile.large_batch[name], profile.spectrum
-        attacks = [AttackSpec(method="FGSM", eps=eps, clip=True) for eps in network.eps]
+        precisions: tuple[Literal["plain"] | None, ...] = (None, "plain")  # exact, and as most code has it
+        attacks = [
+            AttackSpec(method="FGSM", eps=eps, clip=True, precision=precision)
+            for precision in precisions
+            for eps in network.eps
+        ]
         measures: tuple[Measure, ...] = (
             Spectrum(split="train", k=k or spectrum.k, tol=spectrum.tol),
             Spectrum(split="test", k=1, tol=spectrum.tol),
@@ -134,7 +140,7 @@ def _apart(settings: AdversarialTraining) -> list[AttackSpec]:
     return [
         *five,
         *(_changed(attack, clip=True) for attack in five),
-        *(_changed(attack, precision="own") for attack in five),
+        *(_changed(attack, precision=precision) for precision in ("own", "plain") for attack in five),
         *(_changed(attack, scale="unit") for attack in l2),
     ]
 

@@ -99,7 +99,7 @@ class AttackSpec(Frozen):
     cg_steps: PositiveInt | None = None
     solver: Literal["cg", "exact"] | None = None
     scale: Literal["sqrt_dim", "unit"] | None = None
-    precision: Literal["float64", "own"] | None = None
+    precision: Literal["float64", "own", "plain"] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -81,6 +81,7 @@ def variations(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table
         "not clipped": usual,
         "clipped": usual | {"clip": True},
         "own precision": usual | {"precision": "own"},
+        "plain float32": usual | {"precision": "plain"},
         "radius ε": usual | {"scale": "unit"},
     }
     rows = []

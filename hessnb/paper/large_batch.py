@@ -14,6 +14,8 @@ from hessnb.paper.published import published
 from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
 from hessnb.statistics import spearman
 
+# Title, values, the paper's column if it has one, and how a value is written.
+Columns = Sequence["tuple[str, Column, str | None, str]"]
 # From the runs of one network and batch size to their values on a split.
 Column = Callable[[Sequence[Outcome], SplitName], list[float]]
 
@@ -24,20 +26,33 @@ def curvature(table: str, outcomes: Sequence[Outcome], *, name: str, caption: st
     One row a network and batch size of ``outcomes``; values on the training set, on the test set in brackets; several
     seeds give mean and standard deviation. A cell without a measurement says so.
     """
-    columns = [("Accuracy %", accuracy, "accuracy", "{:.2f}"), ("λ₁", lambda1, "lambda1", "{:.3g}")]
+    columns: Columns = [("Accuracy %", accuracy, "accuracy", "{:.2f}"), ("λ₁", lambda1, "lambda1", "{:.3g}")]
     return _table(table, outcomes, columns, name, caption, epochs=True)
 
 
 def input_curvature(table: str, outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
     """Return the means of the norms of input Hessian and input gradient (section 3.2), laid out as `curvature`."""
-    columns = [("λ₁ˣ", input_lambda1, "lambda1_x", "{:.3g}"), ("‖∇ₓJ‖", input_gradient, "gradient_x", "{:.2g}")]
+    columns: Columns = [
+        ("λ₁ˣ", input_lambda1, "lambda1_x", "{:.3g}"),
+        ("‖∇ₓJ‖", input_gradient, "gradient_x", "{:.2g}"),
+    ]
     return _table(table, outcomes, columns, name, caption)
 
 
 def robustness(table: str, outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
-    """Return the accuracies (%) under FGSM at each eps of the paper's table, laid out as `curvature`."""
+    """Return the accuracies (%) under FGSM at each eps of the paper's table, laid out as `curvature`.
+
+    Twice: with the gradient of the loss as float32 rounds it, which stands beside the paper's, and with the exact one.
+    """
     sizes = [c.split("_")[1] for c in published(table).columns if c.startswith("adversarial") and c.endswith("train")]
-    columns = [(f"ε = {eps}", attacked(float(eps)), f"adversarial_{eps}", "{:.1f}") for eps in sizes]
+    columns: Columns = [
+        column
+        for eps in sizes
+        for column in (
+            (f"ε = {eps}, exact", attacked(float(eps)), None, "{:.1f}"),
+            (f"ε = {eps}, float32", attacked(float(eps), plain=True), f"adversarial_{eps}", "{:.1f}"),
+        )
+    ]
     return _table(table, outcomes, columns, name, caption)
 
 
@@ -96,11 +111,15 @@ def input_gradient(outcomes: Sequence[Outcome], split: SplitName) -> list[float]
     return _values(outcomes, InputCurvature(split=split), "gradient_norm")
 
 
-def attacked(eps: float) -> Column:
-    """Return the column of accuracies, in per cent, under FGSM of size ``eps``, clipped to the pixels' range."""
+def attacked(eps: float, *, plain: bool = False) -> Column:
+    """Return the column of accuracies, in per cent, under FGSM of size ``eps``, clipped to the pixels' range.
+
+    ``plain`` takes the gradient of the loss as float32 rounds it.
+    """
 
     def column(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
-        measure = AttackAccuracy(split=split, attack=AttackSpec(method="FGSM", eps=eps, clip=True))
+        attack = AttackSpec(method="FGSM", eps=eps, clip=True, precision="plain" if plain else None)
+        measure = AttackAccuracy(split=split, attack=attack)
         return [100 * accuracy for accuracy in _values(outcomes, measure, "accuracy")]
 
     return column
@@ -118,7 +137,7 @@ def _values(outcomes: Sequence[Outcome], measure: InputCurvature | AttackAccurac
 def _table(
     table: str,
     outcomes: Sequence[Outcome],
-    columns: Sequence[tuple[str, Column, str, str]],
+    columns: Columns,
     name: str,
     caption: str,
     *,
@@ -134,12 +153,13 @@ def _table(
         cells = [*(key[:1] if several else ()), str(key[1])]
         for _, column, field, form in columns:
             cells.append(_both([column(groups[key], "train"), column(groups[key], "test")], form))
-            cells.append(_published(paper, key, field))
+            if field:
+                cells.append(_published(paper, key, field))
         if epochs:
             lengths = [float(len(o.result.history)) for o in groups[key] if o.result]
             cells.append(mean_and_spread(lengths, "{:.0f}") if lengths else "–")
         rows.append((*cells, str(sum(o.result is not None for o in groups[key]))))
-    titles = [title for column in columns for title in (f"{column[0]}, ours", "paper")]
+    titles = [title for column in columns for title in ((f"{column[0]}, ours", "paper") if column[2] else (column[0],))]
     header = (*(("Network",) if several else ()), "Batch", *titles, *(("Epochs",) if epochs else ()), "Seeds")
     return Table(name, caption, header, tuple(rows))
 
