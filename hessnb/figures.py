@@ -182,7 +182,9 @@ def accuracy_against_measures(outcomes: Sequence[Outcome], eps: float) -> Figure
                     axis.plot(position[0], height[0], "o", color=COLOURS[0])
                     batch = str(outcome.task.spec.recipe.batch_size)
                     axis.annotate(batch, (position[0], height[0]), (4, 4), textcoords="offset points", fontsize=9)
-            axis.set(xlabel=label.replace(", ", ",\n"), xscale="log")
+            axis.set(xlabel=label.replace(", ", ",\n"))
+            axis.margins(x=0.15)
+            axis.xaxis.set_major_locator(MaxNLocator(3))
         axes[0].set_ylabel("accuracy under attack, %")
     return figure
 
