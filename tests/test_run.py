@@ -220,6 +220,8 @@ def test_status_says_what_is_there_and_estimates_the_rest(smoke: Store) -> None:
 def test_published_table_is_the_papers() -> None:
     table = published_table("table7")
     assert list(table.index) == [("M1", size) for size in (64, 128, 256, 512, 1024, 2048)]
+    assert not any(column.startswith("network") for column in table.columns)
+    assert len(table.columns) == 14
     row, last = ({c: table[c][("M1", size)] for c in table.columns} for size in (64, 2048))
     assert [row[name] for name in ("lambda1_train", "lambda1_test", "accuracy_test")] == [0.49, 2.96, 99.21]
     assert [last[name] for name in ("lambda1_train", "lambda1_test", "adversarial_0.05_test")] == [44.3, 49.36, 94]
