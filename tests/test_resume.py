@@ -18,6 +18,7 @@ import pytest
 import torch
 import workers
 
+from hessnb.experiments import profile
 from hessnb.experiments.store import RunResult, Store
 
 KILLS = 20
@@ -124,25 +125,22 @@ def test_full_disk_stops_with_one_line_and_loses_nothing(tmp_path: Path, referen
     assert_same_bits(root, reference)
 
 
-PROFILE = """
-about = "one network, long enough to interrupt"
-seeds = 1
-[large_batch.M1]
-data = { name = "mnist5k", n_train = 300, n_test = 50 }
-model = { name = "M1", width = 0.2 }
-batch_sizes = [10]
-lr = 0.01
-momentum = 0.9
-loss_target = 1e-9
-max_epochs = 100000
-[spectrum]
-k = 1
-tol = 1e-3
-"""
+def _long_profile() -> str:
+    """Return the smoke profile with one batch size of M1, trained for long enough to interrupt."""
+    text = (Path(profile.__file__).parent / "profiles" / "smoke.toml").read_text()
+    changes = {
+        "batch_sizes = [20, 100]": "batch_sizes = [10]",
+        "loss_target = 0.2": "loss_target = 1e-9",
+        "max_epochs = 40": "max_epochs = 100000",
+    }
+    for old, new in changes.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    return text
 
 
 def test_interrupt_says_so_exits_130_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "long.toml").write_text(PROFILE)
+    (tmp_path / "long.toml").write_text(_long_profile())
     store = tmp_path / "store"
     command = [sys.executable, "-m", "hessnb", "run", "table7", "--profile", "long.toml", "--store", str(store)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
