@@ -94,13 +94,17 @@ def _ratios(rows: list[dict[str, Any]]) -> str:
             row["what"],
             row["peer"],
             f"{'more than ' if row.get('at_least') else ''}{ratio['median']:.3g}{spread}",
-            f"{row['our_seconds']:.3g} s",
-            f"{row['peer_seconds']:.3g} s",
+            _seconds(row["our_seconds"]),
+            _seconds(row["peer_seconds"]),
             " / ".join(str(products[who]) for who in ("ours", "peer") if who in products),
             " / ".join(f"{residuals[who]:.0e}" for who in ("ours", "peer") if who in residuals),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n" if rows else ""
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
 
 
 def _products(rows: list[dict[str, Any]]) -> str:
