@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -163,15 +164,15 @@ class RunSpec(Frozen):
         return f"{self.label}-{self.key}"
 
 
-class _Measured(Frozen):
+class _Measured(Frozen, ABC):
     """What every measure has: the data that it is taken over, and names."""
 
     split: SplitName
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """A short readable name."""
-        raise NotImplementedError
 
     @property
     def slug(self) -> str:

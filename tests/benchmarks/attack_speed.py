@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,14 +26,12 @@ import foolbox
 import peers
 import torch
 import torch.nn.functional as F
-from curvature_speed import Row, compared, line, network, publish
+from curvature_speed import Row, compared, measure, network
 from peers import alternate
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from hessnb import data
 from hessnb.attacks import fgsm, fgsm_iterated, l2_gradient, l2_hessian
-from hessnb.experiments.provenance import provenance
 
 BATCH = 50  # what hessnb takes on a CPU unless told otherwise
 EPS = 0.1
@@ -129,21 +126,7 @@ def main() -> None:
     parser.add_argument("--digits", type=int, default=1000, help="MNIST test digits")
     parser.add_argument("--publish", type=Path, metavar="FILE", help="JSON file to put the rows into")
     chosen = parser.parse_args()
-    threadpool_limits(chosen.threads)
-    torch.set_num_threads(chosen.threads)
-    rows: list[Row] = []
-    for name in chosen.only:
-        started = time.perf_counter()
-        measured = ROWS[name](chosen)
-        facts = provenance(device=torch.device("cpu"), seed=0, seconds=time.perf_counter() - started)
-        rows += [{**row, "provenance": facts} for row in measured]
-        if chosen.publish:
-            publish(rows, chosen.publish)
-    print(f"torch {torch.__version__}, {chosen.threads} threads; seconds of hessnb and of the other, other / hessnb")
-    for row in rows:
-        print(line(row))
-        for note in row["notes"]:
-            print(f"    {note}")
+    measure(chosen, ROWS)
 
 
 if __name__ == "__main__":

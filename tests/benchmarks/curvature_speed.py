@@ -32,7 +32,7 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -310,6 +310,25 @@ def line(row: Row) -> str:
     )
 
 
+def measure(chosen: argparse.Namespace, rows_of: Mapping[str, Callable[[argparse.Namespace], list[Row]]]) -> None:
+    """Measure the rows that were asked for on as many threads, publish each as it is there, and print all."""
+    threadpool_limits(chosen.threads)
+    torch.set_num_threads(chosen.threads)
+    rows: list[Row] = []
+    for name in chosen.only:
+        started = time.perf_counter()
+        measured = rows_of[name](chosen)
+        facts = provenance(device=torch.device("cpu"), seed=0, seconds=time.perf_counter() - started)
+        rows += [{**row, "provenance": facts} for row in measured]
+        if chosen.publish:
+            publish(rows, chosen.publish)
+    print(f"torch {torch.__version__}, {chosen.threads} threads; seconds of hessnb and of the peer, peer / hessnb")
+    for row in rows:
+        print(line(row))
+        for note in row["notes"]:
+            print(f"    {note}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help="rows to measure")
@@ -328,22 +347,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.digits % max(PRODUCT_BATCHES):
         parser.error(f"--digits must be a multiple of {max(PRODUCT_BATCHES)}: batches are of equal size")
-    threadpool_limits(chosen.threads)
-    torch.set_num_threads(chosen.threads)
     peers.check(chosen.only)
-    rows: list[Row] = []
-    for name in chosen.only:
-        started = time.perf_counter()
-        measured = ROWS[name](chosen)
-        facts = provenance(device=torch.device("cpu"), seed=0, seconds=time.perf_counter() - started)
-        rows += [{**row, "provenance": facts} for row in measured]
-        if chosen.publish:
-            publish(rows, chosen.publish)
-    print(f"torch {torch.__version__}, {chosen.threads} threads; seconds of hessnb and of the peer, peer / hessnb")
-    for row in rows:
-        print(line(row))
-        for note in row["notes"]:
-            print(f"    {note}")
+    measure(chosen, ROWS)
 
 
 if __name__ == "__main__":
