@@ -7,6 +7,7 @@
         weights.safetensors, run.json      the trained network; run.json is written last and makes it a result
         <measure>-<key>.json               one thing computed on it
         <measure>-<key>.partial.safetensors   an eigen-solve under way
+        <measure>-<key>.spent, epoch.spent    seconds of work on what was not finished
 
 Every file carries a checksum, is written beside its place, forced to the disk and renamed: a kill, a full disk or a
 second process at the same run can cost the work since the last checkpoint, never a file.
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,12 +27,13 @@ from typing import Any, Literal, Protocol
 
 import platformdirs
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from hessnb.errors import InputError
+from hessnb.experiments.provenance import device_name
 from hessnb.experiments.spec import Measure, RunSpec, parse_measure
 from hessnb.training import Epoch, State
 
@@ -100,6 +102,14 @@ class Store:
         ):
             raise InputError(f"{self.root} is neither a store nor an empty folder; choose another one with --store")
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same folder."""
+        return isinstance(other, Store) and other.root == self.root
+
+    def __hash__(self) -> int:
+        """Return a hash of the folder, so that what is cached for one is found for the other."""
+        return hash(self.root)
+
     # -- runs ---------------------------------------------------------------------------------------------------
 
     def result(self, spec: RunSpec) -> RunResult | None:
@@ -121,15 +131,17 @@ class Store:
         """Return the trained weights and buffers by name; raise InputError when there are none."""
         path = self._folder(spec) / "weights.safetensors"
         if not path.exists():
-            raise InputError(f"{path} is not there: the run has not been trained in this store")
-        return _read_tensors(path)[0]
+            raise InputError(
+                f"{path} is not there: the run has not been trained in this store, or was imported without its weights"
+            )
+        return read_tensors(path)[0]
 
     def checkpoint(self, spec: RunSpec) -> State | None:
         """Return the state after the last finished epoch of a training under way, or None."""
         path = self._folder(spec) / "checkpoint.safetensors"
         if not path.exists():
             return None
-        tensors, notes = _read_tensors(path)
+        tensors, notes = read_tensors(path)
         momentum = [name for name in tensors if name.startswith("momentum.")]
         return State(
             epoch=notes["epoch"],
@@ -143,6 +155,7 @@ class Store:
         tensors = {f"model.{name}": t for name, t in state.model.items()}
         tensors |= {f"momentum.{i}": t for i, t in enumerate(state.momentum)}
         notes = {"spec": spec.canonical(), "epoch": state.epoch, "history": [asdict(line) for line in state.history]}
+        notes["device"] = device_name(next(iter(state.model.values())).device)
         _write_tensors(self._prepare(spec) / "checkpoint.safetensors", tensors, notes)
 
     # -- measures -----------------------------------------------------------------------------------------------
@@ -163,7 +176,7 @@ class Store:
     def partial(self, spec: RunSpec, measure: Measure) -> dict[str, Tensor] | None:
         """Return what is kept of a measure under way, by name, or None."""
         path = self._folder(spec) / f"{measure.slug}.partial.safetensors"
-        return _read_tensors(path)[0] if path.exists() else None
+        return read_tensors(path)[0] if path.exists() else None
 
     def save_partial(self, spec: RunSpec, measure: Measure, tensors: dict[str, Tensor]) -> None:
         """Keep what is there of a measure under way, in the place of what was kept before."""
@@ -175,33 +188,96 @@ class Store:
         for path in sorted(self._folder(spec).glob("*-*.json")):
             yield measurement_from_json(_read_sealed_json(path), str(path))
 
+    def spent(self, spec: RunSpec, measure: Measure | None) -> float:
+        """Return the seconds of work on a measure (None: on an epoch of the training) that was not finished."""
+        path = self._spent_file(spec, measure)
+        return float(_read_sealed_json(path)["seconds"]) if path.exists() else 0.0
+
+    def save_spent(self, spec: RunSpec, measure: Measure | None, seconds: float) -> None:
+        """Keep the seconds of work on what was not finished; 0 forgets them."""
+        if seconds > 0:
+            self._prepare(spec)
+            _write_sealed_json(self._spent_file(spec, measure), {"seconds": round(seconds, 3)})
+        else:
+            self._spent_file(spec, measure).unlink(missing_ok=True)
+
+    def _spent_file(self, spec: RunSpec, measure: Measure | None) -> Path:
+        return self._folder(spec) / f"{measure.slug if measure else 'epoch'}.spent"
+
+    def file(self, spec: RunSpec, name: str) -> Path:
+        """Return where a file of a run is, or would be."""
+        return self._folder(spec) / name
+
+    def adopt(self, spec: RunSpec, files: Mapping[str, bytes], *, anew: bool = False) -> None:
+        """Take over files of a run from another store; ``anew``: in the place of all that is there of the run.
+
+        The order is that of `save_result`: killed at any point, a run is there with weights of its own, or not at all.
+        """
+        folder = self._prepare(spec)
+        if anew:
+            for path in sorted(folder.iterdir(), key=lambda path: path.name != "run.json"):
+                path.unlink()
+        first = ("weights.safetensors", "run.json")
+        for name in sorted(files, key=lambda name: (first.index(name) if name in first else len(first), name)):
+            write_whole(folder / name, files[name])
+        if (folder / "run.json").exists():
+            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
     # -- the whole ----------------------------------------------------------------------------------------------
+
+    def names(self, spec: RunSpec) -> frozenset[str]:
+        """Return what is there of a run, by name: "run", "weights", the slug of each measure; reads no file."""
+        try:
+            files = os.listdir(self._folder(spec))
+        except FileNotFoundError:
+            return frozenset()
+        whole = [name.removesuffix(".json") for name in files if name.endswith(".json")]
+        return frozenset([*whole, *(["weights"] if "weights.safetensors" in files else [])])
 
     def results(self) -> Iterator[RunResult]:
         """Go through all ended trainings."""
         for path in sorted(self.root.glob("runs/*/run.json")):
             yield run_result_from_json(_read_sealed_json(path), str(path))
 
+    def under_way(self) -> Iterator[tuple[RunSpec, list[Epoch], str | None]]:
+        """Go through the trainings under way: spec, finished epochs, and the processor's name; reads no tensor."""
+        for path in sorted(self.root.glob("runs/*/checkpoint.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    notes = json.loads((file.metadata() or {})["notes"])
+            except FileNotFoundError:  # another process has just ended it
+                continue
+            except (SafetensorError, OSError, ValueError, KeyError) as error:
+                raise _damaged(path, str(error)) from error
+            spec = RunSpec.parse(json.loads(notes["spec"]), str(path))
+            yield spec, [Epoch(**line) for line in notes["history"]], notes.get("device")
+
     def check(self) -> list[str]:
         """Read every file, and return one line for each that is damaged."""
         faults = []
         for path in sorted(self.root.glob("runs/*/*")):
             try:
-                if path.suffix == ".json":
+                if path.suffix in (".json", ".spent"):
                     _read_sealed_json(path)
                 elif path.suffix == ".safetensors":
-                    _read_tensors(path)
+                    read_tensors(path)
             except InputError as error:
                 faults.append(str(error))
         return faults
 
     @contextmanager
-    def lock(self, spec: RunSpec) -> Iterator[None]:
-        """Hold a run for this process; waits while another process holds it. A killed process lets go by itself."""
+    def lock(self, spec: RunSpec, *, wait: bool = True) -> Iterator[None]:
+        """Hold a run for this process. A killed process lets go by itself.
+
+        While another process holds it, this one waits; without ``wait`` it raises InputError.
+        """
         with _clear_errors(self.root):
             self._prepare(spec)
             lock = FileLock(self.root / "locks" / f"{spec.key}.lock")
-            lock.acquire()
+            try:
+                lock.acquire(timeout=-1 if wait else 0)
+            except Timeout as error:
+                raise InputError(f"another process is at work on {spec.slug}; try again when it has ended") from error
         try:
             for leftover in self._folder(spec).glob(".*.part"):  # of a process that was killed while writing
                 leftover.unlink(missing_ok=True)
@@ -302,7 +378,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _damaged(path: Path, why: str) -> InputError:
+def _damaged(path: Path | str, why: str) -> InputError:
     return InputError(f"{path} is damaged ({why}); remove it, and what it held is computed again")
 
 
@@ -310,23 +386,34 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _write_sealed_json(path: Path, body: dict[str, Any]) -> None:
+def seal(body: dict[str, Any]) -> bytes:
+    """Return JSON content with its checksum, as the bytes of a file."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    sealed = json.dumps({"sha256": _digest(text.encode()), "body": body}, indent=1, sort_keys=True)
-    write_whole(path, sealed.encode() + b"\n")
+    return json.dumps({"sha256": _digest(text.encode()), "body": body}, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def unseal(content: bytes, where: Path | str) -> dict[str, Any]:
+    """Return what `seal` sealed; raise InputError naming ``where`` if the checksum does not match."""
+    try:
+        sealed = json.loads(content)
+        body, digest = sealed["body"], sealed["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(where, "not a sealed JSON file") from error
+    if _digest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()) != digest:
+        raise _damaged(where, "its checksum does not match")
+    return dict(body)
+
+
+def _write_sealed_json(path: Path, body: dict[str, Any]) -> None:
+    write_whole(path, seal(body))
 
 
 def _read_sealed_json(path: Path) -> dict[str, Any]:
     try:
-        sealed = json.loads(path.read_bytes())
-        body, digest = sealed["body"], sealed["sha256"]
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, "not a sealed JSON file") from error
-    if _digest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()) != digest:
-        raise _damaged(path, "its checksum does not match")
-    return dict(body)
+    return unseal(content, path)
 
 
 def _tensor_digest(tensors: dict[str, Tensor], notes: str) -> str:
@@ -343,7 +430,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]
     write_whole(path, save(plain, {"notes": text, "sha256": _tensor_digest(plain, text)}))
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and notes of a file of the store; raise InputError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
