@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hessnb.errors import InputError
 from hessnb.experiments.provenance import line
 from hessnb.experiments.run import Outcome
@@ -289,11 +292,7 @@ def _checked(spec: RunSpec, file: str, content: bytes) -> dict[str, Any]:
     """Return the provenance of a file of a run, {} for weights; raise InputError if it is not what it is called."""
     where = f"{spec.slug}/{file}"
     if file == WEIGHTS:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / WEIGHTS
-            path.write_bytes(content)
-            notes = read_tensors(path)[1]
-        if notes.get("spec") != spec.canonical():
+        if _tensors(content)[1].get("spec") != spec.canonical():
             raise InputError(f"{where} holds the weights of another run")
         return {}
     body = unseal(content, where)
@@ -305,12 +304,20 @@ def _checked(spec: RunSpec, file: str, content: bytes) -> dict[str, Any]:
     return found.provenance
 
 
+def _tensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / WEIGHTS
+        path.write_bytes(content)
+        return read_tensors(path)
+
+
 def _same(file: str, content: bytes, path: Path) -> bool:
     """Return whether two files hold the same result, wherever and whenever it was computed."""
     if path.read_bytes() == content:
         return True
-    if file == WEIGHTS:
-        return False
+    if file == WEIGHTS:  # of the same tensors safetensors does not always write the same bytes
+        (a, _), (b, _) = read_tensors(path), _tensors(content)
+        return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
     ours, theirs = (_result(unseal(c, path)) for c in (path.read_bytes(), content))
     return ours == theirs
 

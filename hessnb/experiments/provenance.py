@@ -47,7 +47,7 @@ def line(label: str, provenance: Mapping[str, Any]) -> str:
         "seed unknown" if seed is None else f"seed {seed}",
         f"commit {commit[:10]}{'+changes' if '+' in commit else ''}" if commit else "commit unknown",
         f"{provenance.get('device', 'machine unknown')}" + (f" ({threads} threads)" if threads and threads > 1 else ""),
-        str(provenance.get("date", "date unknown"))[:10],
+        str(provenance["date"])[:10] if "date" in provenance else "date unknown",
         "time unknown" if seconds is None else f"{seconds:,.1f} s" if seconds < 100 else f"{seconds:,.0f} s",
     )
     return ", ".join(told)

@@ -229,7 +229,7 @@ class Store:
         """Return what is there of a run, by name: "run", "weights", the slug of each measure; reads no file."""
         try:
             files = os.listdir(self._folder(spec))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return frozenset()
         whole = [name.removesuffix(".json") for name in files if name.endswith(".json")]
         return frozenset([*whole, *(["weights"] if "weights.safetensors" in files else [])])
