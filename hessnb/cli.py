@@ -90,7 +90,10 @@ def main() -> None:
 @click.argument("artefacts", nargs=-1)
 @profile_option
 @seeds_option
-@click.option("--time-budget", help="Stop in time: 90s, 9m, 2h30m. Default: when all is done.")
+@click.option(
+    "--time-budget",
+    help="Stop in time: 90s, 9m, 2h30m, counted from when hessnb has loaded. Default: when all is done.",
+)
 @device_option
 @store_option
 def run(

@@ -337,6 +337,22 @@ def test_children_of_a_failed_training_are_left_alone(tmp_path: Path) -> None:
     assert campaign.rest(store, plan, Estimates(store, CPU)).left == "nothing"
 
 
+def test_what_another_process_is_at_work_on_is_put_off(tmp_path: Path) -> None:
+    store, plan = Store(tmp_path / "store"), [grid.Task(task.spec, (L2,)) for task in tasks("table7")]
+    first, second = (task.spec for task in plan)
+    assert not store.is_held(first)
+    with store.lock(first):
+        assert store.is_held(first)
+        assert not store.is_held(second)
+        started = time.monotonic()
+        assert campaign.carry_out(store, plan, budget=6.0) == []
+        assert 5.5 < time.monotonic() - started < 8.0, "it has waited to the end"
+    assert store.result(first) is None
+    assert store.measurement(second, L2) is not None
+    assert campaign.carry_out(store, plan) == []
+    assert store.measurement(first, L2) is not None
+
+
 def test_alarm_is_put_back(tmp_path: Path) -> None:
     def mine(*args: object) -> None: ...
 

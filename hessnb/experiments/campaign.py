@@ -196,7 +196,9 @@ def carry_out(
     After ``budget`` seconds it has returned: it starts no epoch and no measure that, by its estimate, would not end in
     time, and stops trainings between epochs and eigen-solves between saves. Should an estimate be wrong, or missing, an
     alarm stops what is under way, and the seconds it had are remembered. What is then left is known by `rest`, and a
-    later call goes on from there. A training that diverges is kept as failed, and what does not need it goes on.
+    later call goes on from there. A training that diverges is kept as failed, and what does not need it goes on. What
+    another process is at work on is put off to the end, so that two can share the work.
+
     Raises InputError for data, a device or a store that cannot be used.
     """
     where = data.check_device(device)
@@ -205,13 +207,19 @@ def carry_out(
     work = _Work(store, where, clock, estimates, report)
     is_finished = finished(store, estimates.failed)
     todo = ordered([unit for unit in units(tasks) if not is_finished(unit)], estimates)
-    refused = []
+    refused, put_off = list[str](), list[Unit]()
     with suppress(OutOfTime), clock.alarm():
-        while todo and clock.left > 0:
+        while (todo or put_off) and clock.left > 0:
+            if not todo:
+                todo, put_off = put_off, []
+                work.wait_for(todo[0])
+            elif work.is_elsewhere(todo[0]):
+                put_off.append(todo.pop(0))
+                continue
             unit = todo.pop(0)
             if reason := work.obstacle(unit):
                 refused.append(f"{unit.label}: {reason}")
-            elif work.is_ready(unit) and work.learns_from(unit):
+            elif work.is_ready(unit) and work.do(unit):
                 todo = ordered(todo, estimates)
     return refused
 
@@ -240,7 +248,17 @@ class _Work:
             return f"needs about {in_words(seconds)} at a time; give it more than {in_words(budget)}"
         return None
 
-    def learns_from(self, unit: Unit) -> bool:
+    def is_elsewhere(self, unit: Unit) -> bool:
+        """Return whether another process is at work on the network of a unit, or on one that it needs."""
+        return any(self._store.is_held(spec) for spec in {unit.spec, *unit.needs})
+
+    def wait_for(self, unit: Unit) -> None:
+        """Wait until no other process is at work on the network of a unit, or on one that it needs."""
+        for spec in {unit.spec, *unit.needs}:
+            with self._store.lock(spec):
+                pass
+
+    def do(self, unit: Unit) -> bool:
         """Carry out a unit if there is time, and return whether nothing was known of its costs before."""
         piece = _piece(self._store, unit, self._estimates)
         if is_hopeless(unit, self._estimates.failed) or not self._clock.fits(piece):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -185,9 +185,14 @@ def check(folder: Path) -> list[str]:
     """
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     faults = []
+
+    @cache
+    def spec_in(path: Path) -> RunSpec:
+        return run_result_from_json(_read(path), str(path)).spec
+
     for path in files:
         try:
-            faults += [f"{path}: {fault}" for fault in _faults(path, path.relative_to(folder).parts)]
+            faults += [f"{path}: {fault}" for fault in _faults(path, path.relative_to(folder).parts, spec_in)]
         except InputError as error:
             faults.append(str(error))
     size = sum(path.stat().st_size for path in files)
@@ -196,7 +201,7 @@ def check(folder: Path) -> list[str]:
     return faults
 
 
-def _faults(path: Path, parts: tuple[str, ...]) -> Iterator[str]:
+def _faults(path: Path, parts: tuple[str, ...], spec_in: Callable[[Path], RunSpec]) -> Iterator[str]:
     if parts == (BENCHMARKS,):
         yield from _faults_of_benchmarks(path)
         return
@@ -209,7 +214,7 @@ def _faults(path: Path, parts: tuple[str, ...]) -> Iterator[str]:
     if not beside.exists():
         yield "a measure without its run: run.json is not beside it"
         return
-    spec = run_result_from_json(_read(beside), str(beside)).spec
+    spec = spec_in(beside)
     if name == "run.json":
         result = run_result_from_json(body, str(path))
         known, again = spec.slug, run_result_to_json(result)

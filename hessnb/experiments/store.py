@@ -285,6 +285,19 @@ class Store:
         finally:
             lock.release()
 
+    def is_held(self, spec: RunSpec) -> bool:
+        """Return whether a process is at work on a run."""
+        path = self.root / "locks" / f"{spec.key}.lock"
+        if not path.exists():
+            return False
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
     def _folder(self, spec: RunSpec) -> Path:
         return self.root / "runs" / spec.slug
 
