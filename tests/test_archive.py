@@ -20,8 +20,9 @@ from click.testing import CliRunner, Result
 from hessnb.cli import main
 from hessnb.errors import InputError
 from hessnb.experiments import archive, grid, run
+from hessnb.experiments.files import seal, unseal
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.store import Store, seal, unseal
+from hessnb.experiments.store import Store
 from hessnb.training import State
 
 PROFILE = load_profile("smoke")

@@ -23,7 +23,7 @@ from hessnb.experiments.estimate import Estimates, in_words, seconds_of
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.provenance import device_name
 from hessnb.experiments.spec import AttackAccuracy, AttackSpec, InputCurvature, Measure, RunSpec, Spectrum
-from hessnb.experiments.store import Measurement, RunResult, Store
+from hessnb.experiments.store import Measurement, RunResult, Spent, Store
 from hessnb.training import Epoch, State
 
 CPU = torch.device("cpu")
@@ -214,7 +214,7 @@ def test_what_is_not_known_to_fit_is_stopped_in_time_remembered_and_not_tried_ag
     started = time.monotonic()
     assert campaign.carry_out(store, [task], budget=1.0) == []
     assert 0.9 < time.monotonic() - started < 3.0
-    assert store.spent(task.spec, FGSM[0]) == pytest.approx(1.0, abs=0.3)
+    assert store.spent(task.spec, FGSM[0]).lost == pytest.approx(1.0, abs=0.3)
     assert store.check() == []
     monkeypatch.setattr(run, "measured", lambda *args: pytest.fail("tried again in a time that it does not fit"))
     (line,) = campaign.carry_out(store, [task], budget=1.0)
@@ -222,7 +222,7 @@ def test_what_is_not_known_to_fit_is_stopped_in_time_remembered_and_not_tried_ag
     monkeypatch.setattr(run, "measured", partial(busy, 0.0, done))
     assert campaign.carry_out(store, [task], budget=60.0) == []
     assert len(done) == 1
-    assert store.spent(task.spec, FGSM[0]) == 0.0
+    assert store.spent(task.spec, FGSM[0]) == Spent()
     found = store.measurement(task.spec, FGSM[0])
     assert found is not None
     assert found.provenance["seconds"] < 0.5, "what was lost is not what it took"
@@ -305,7 +305,7 @@ def test_eigensolve_stops_at_a_save_and_goes_on_from_there(
         started = time.monotonic()
         campaign.carry_out(store, [grid.Task(spec, (spectrum,))], budget=1.5)
         assert time.monotonic() - started < 3.0
-        calls, spent = calls + 1, [*spent, store.spent(spec, spectrum)]
+        calls, spent = calls + 1, [*spent, store.spent(spec, spectrum).kept]
         assert calls < 20
     assert calls > 1
     found = store.measurement(spec, spectrum)
@@ -313,6 +313,22 @@ def test_eigensolve_stops_at_a_save_and_goes_on_from_there(
     assert found.values == whole.values
     assert found.provenance["seconds"] > max(spent) > 0.3, "the seconds of all calls"
     assert spent[-1] == 0.0
+
+
+def test_eigensolve_too_slow_for_a_single_save_is_told(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, spec = copy_of(network, tmp_path / "store"), tasks("table7")[0].spec
+    spectrum = Spectrum(split="train", k=4, tol=1e-3)
+    monkeypatch.setitem(run.RESUMED, "spectrum", 0.1)
+    monkeypatch.setattr(campaign, "_STEP", 0.1)
+    monkeypatch.setattr(HessianOperator, "matvec", lambda operator, v: time.sleep(60.0))
+    started = time.monotonic()
+    assert campaign.carry_out(store, [grid.Task(spec, (spectrum,))], budget=1.5) == []
+    assert 1.4 < time.monotonic() - started < 3.0
+    assert store.spent(spec, spectrum).lost == pytest.approx(1.5, abs=0.5)
+    (line,) = campaign.carry_out(store, [grid.Task(spec, (spectrum,))], budget=1.5)
+    assert "at a time; give it more" in line
 
 
 def test_network_without_weights_is_told_and_the_rest_goes_on(network: Path, tmp_path: Path) -> None:

@@ -24,18 +24,11 @@ import torch
 from torch import Tensor
 
 from hessnb.errors import InputError
+from hessnb.experiments.files import read_tensors, seal, unseal, write_whole
 from hessnb.experiments.provenance import line
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import RunSpec
-from hessnb.experiments.store import (
-    Store,
-    measurement_from_json,
-    read_tensors,
-    run_result_from_json,
-    seal,
-    unseal,
-    write_whole,
-)
+from hessnb.experiments.store import Store, measurement_from_json, run_result_from_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

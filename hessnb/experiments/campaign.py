@@ -19,7 +19,7 @@ from hessnb.experiments.grid import Task
 from hessnb.experiments.measure import Report, silent
 from hessnb.experiments.run import RESUMED, measure_run, train_run
 from hessnb.experiments.spec import Measure, RunSpec
-from hessnb.experiments.store import Store
+from hessnb.experiments.store import Spent, Store
 
 # What a measure costs before one like it has been seen, in epochs of its network's training; for the order alone.
 _EPOCHS = {
@@ -275,7 +275,7 @@ class _Work:
             self._report(what, share, detail)
             seconds, last = self._clock.now - last, self._clock.now
             if 0 < share < 1:  # an epoch has ended, its checkpoint is kept
-                self._store.save_spent(spec, None, 0.0)
+                self._store.save_spent(spec, None, Spent())
                 if not self._clock.fits(seconds):
                     raise OutOfTime
 
@@ -283,7 +283,7 @@ class _Work:
             result = train_run(self._store, spec, device=self._device, report=told)
         except OutOfTime:
             if self._clock.left <= 0:
-                self._store.save_spent(spec, None, self._clock.now - last)
+                self._store.save_spent(spec, None, Spent(lost=round(self._clock.now - last, 3)))
             for other, history, _ in self._store.under_way():
                 if other == spec:
                     self._estimates.learn_history(spec, history)
@@ -292,7 +292,7 @@ class _Work:
         return new
 
     def _measure(self, spec: RunSpec, measure: Measure) -> bool:
-        new, share_done = self._estimates.measure(spec, measure) is None, 0.0
+        new, share_done, last = self._estimates.measure(spec, measure) is None, 0.0, self._clock.now
 
         def told(what: str, share: float, detail: str) -> None:
             nonlocal share_done
@@ -300,9 +300,10 @@ class _Work:
             share_done = share
 
         def saved() -> None:
-            seconds = self._store.spent(spec, measure)
+            nonlocal last
+            seconds, step, last = self._store.spent(spec, measure).kept, self._clock.now - last, self._clock.now
             left = seconds * (1 - share_done) / share_done if share_done > 0 else math.inf
-            if not self._clock.fits(min(left, RESUMED[measure.kind] + _STEP)):
+            if not self._clock.fits(min(left, max(step, RESUMED[measure.kind]))):
                 raise OutOfTime
 
         found = measure_run(self._store, spec, measure, device=self._device, report=told, on_save=saved)
@@ -359,18 +360,17 @@ def _seconds(store: Store, unit: Unit, estimates: Estimates) -> float | None:
         return estimates.training(unit.spec)
     seconds, spent = estimates.measure(unit.spec, unit.measure), store.spent(unit.spec, unit.measure)
     if seconds is None or unit.measure.kind not in RESUMED:
-        return None if seconds is None or seconds < spent else seconds
-    return max(seconds - spent, 0.1 * seconds)
+        return None if seconds is None or seconds < spent.lost else seconds
+    return max(seconds - spent.kept, 0.1 * seconds)
 
 
 def _piece(store: Store, unit: Unit, estimates: Estimates) -> float | None:
     """Return the seconds after which something of a unit is kept, or None where nothing is known."""
-    spent = store.spent(unit.spec, unit.measure)
     if unit.measure is None:
         seconds = estimates.epoch(unit.spec)
     elif unit.measure.kind in RESUMED:
         left, step = _seconds(store, unit, estimates), RESUMED[unit.measure.kind] + _STEP
-        return step if left is None else min(left, step)
+        seconds = step if left is None else min(left, step)
     else:
         seconds = estimates.measure(unit.spec, unit.measure)
-    return max(seconds or 0.0, spent) or None
+    return max(seconds or 0.0, store.spent(unit.spec, unit.measure).lost) or None

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hessnb.errors import InputError
+from hessnb.experiments.files import write_whole
 from hessnb.experiments.grid import ARTEFACTS, artefact, plan
 from hessnb.experiments.profile import Profile, load_profile, profile_names
 from hessnb.experiments.run import Outcome, held
@@ -36,7 +37,6 @@ from hessnb.experiments.store import (
     measurement_to_json,
     run_result_from_json,
     run_result_to_json,
-    write_whole,
 )
 
 BENCHMARKS = "benchmarks.json"

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from hessnb.experiments.networks import attack_function, load_data, new_model, t
 from hessnb.experiments.profile import Profile, load_profile
 from hessnb.experiments.provenance import provenance
 from hessnb.experiments.spec import Measure, RunSpec, Spectrum
-from hessnb.experiments.store import Measurement, Results, RunResult, Store
+from hessnb.experiments.store import Measurement, Results, RunResult, Spent, Store
 from hessnb.training import State
 
 # Measures that go on from where they were interrupted, by kind, and the most seconds of work that an interruption costs
@@ -189,7 +189,7 @@ def measure_run(
             came_from = provenance(device=where, seed=spec.recipe.seed, seconds=seconds())
         measurement = Measurement(measure, values, came_from)
         store.save_measurement(spec, measurement)
-        store.save_spent(spec, measure, 0.0)
+        store.save_spent(spec, measure, Spent())
     report(label, 1.0, "")
     return measurement
 
@@ -204,7 +204,7 @@ class _UnderWay(Store):
     def save_partial(self, spec: RunSpec, measure: Measure, tensors: dict[str, Tensor]) -> None:
         """Keep what is there of a measure under way; see the class."""
         super().save_partial(spec, measure, tensors)
-        self.save_spent(spec, measure, self._seconds())
+        self.save_spent(spec, measure, Spent(kept=self._seconds()))
         self._on_save()
 
 
@@ -212,21 +212,23 @@ class _UnderWay(Store):
 def _worked(store: Store, spec: RunSpec, measure: Measure) -> Iterator[Callable[[], float]]:
     """Give a function that returns the seconds of work on a measure so far, those before an interruption included.
 
-    What is interrupted leaves its seconds in the store: all of them where its work is kept, else those of the longest
-    attempt, which is the least that the measure takes.
+    What is interrupted leaves its seconds in the store: of a landscape, which keeps each point, all of them; of the
+    rest those of an attempt that kept nothing, for they are the least that it takes to get further.
     """
     started, earlier = time.perf_counter(), store.spent(spec, measure)
-    resumed = measure.kind in RESUMED
 
     def seconds() -> float:
-        return time.perf_counter() - started + (earlier if resumed else 0.0)
+        return time.perf_counter() - started + earlier.kept
 
     try:
         yield seconds
     except BaseException:
         with suppress(InputError):  # the disk may be full, and that is being said already
-            if not RESUMED.get(measure.kind):  # else the seconds were kept with the state
-                store.save_spent(spec, measure, seconds() if resumed else max(earlier, seconds()))
+            if RESUMED.get(measure.kind) == 0.0:
+                store.save_spent(spec, measure, Spent(kept=seconds()))
+            elif store.spent(spec, measure) == earlier:  # there was no save
+                lost = max(earlier.lost, seconds() - earlier.kept)
+                store.save_spent(spec, measure, replace(earlier, lost=round(lost, 3)))
         raise
 
 

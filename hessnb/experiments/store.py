@@ -15,10 +15,8 @@ second process at the same run can cost the work since the last checkpoint, neve
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,13 +24,19 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import platformdirs
-import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from hessnb.errors import InputError
+from hessnb.experiments.files import (
+    clear_errors,
+    read_notes,
+    read_sealed,
+    read_tensors,
+    write_sealed,
+    write_tensors,
+    write_whole,
+)
 from hessnb.experiments.provenance import device_name
 from hessnb.experiments.spec import Measure, RunSpec, parse_measure
 from hessnb.training import Epoch, State
@@ -58,6 +62,14 @@ class Measurement:
     measure: Measure
     values: dict[str, Any]
     provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of work on what is not finished: all that led to what is kept of it; the longest that led to nothing."""
+
+    kept: float = 0.0
+    lost: float = 0.0
 
 
 class Results(Protocol):
@@ -89,7 +101,7 @@ class Store:
         self.root = store_root(root)
         marker = self.root / "store.json"
         if marker.exists():
-            schema = _read_sealed_json(marker).get("schema")
+            schema = read_sealed(marker).get("schema")
             if not isinstance(schema, int) or schema > SCHEMA:
                 raise InputError(
                     f"{self.root} was written by a newer hessnb (schema {schema}, this one knows {SCHEMA}); "
@@ -117,14 +129,14 @@ class Store:
         path = self._folder(spec) / "run.json"
         if not path.exists():
             return None
-        return run_result_from_json(_read_sealed_json(path), str(path))
+        return run_result_from_json(read_sealed(path), str(path))
 
     def save_result(self, result: RunResult, state: State) -> None:
         """Keep an ended training: weights first, then run.json, which makes it a result; then drop the checkpoint."""
         folder = self._prepare(result.spec)
         if result.status == "done":
-            _write_tensors(folder / "weights.safetensors", state.model, {"spec": result.spec.canonical()})
-        _write_sealed_json(folder / "run.json", run_result_to_json(result))
+            write_tensors(folder / "weights.safetensors", state.model, {"spec": result.spec.canonical()})
+        write_sealed(folder / "run.json", run_result_to_json(result))
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def weights(self, spec: RunSpec) -> dict[str, Tensor]:
@@ -156,7 +168,7 @@ class Store:
         tensors |= {f"momentum.{i}": t for i, t in enumerate(state.momentum)}
         notes = {"spec": spec.canonical(), "epoch": state.epoch, "history": [asdict(line) for line in state.history]}
         notes["device"] = device_name(next(iter(state.model.values())).device)
-        _write_tensors(self._prepare(spec) / "checkpoint.safetensors", tensors, notes)
+        write_tensors(self._prepare(spec) / "checkpoint.safetensors", tensors, notes)
 
     # -- measures -----------------------------------------------------------------------------------------------
 
@@ -165,12 +177,12 @@ class Store:
         path = self._folder(spec) / f"{measure.slug}.json"
         if not path.exists():
             return None
-        return measurement_from_json(_read_sealed_json(path), str(path))
+        return measurement_from_json(read_sealed(path), str(path))
 
     def save_measurement(self, spec: RunSpec, measurement: Measurement) -> None:
         """Keep what a measure gave."""
         folder = self._prepare(spec)
-        _write_sealed_json(folder / f"{measurement.measure.slug}.json", measurement_to_json(measurement))
+        write_sealed(folder / f"{measurement.measure.slug}.json", measurement_to_json(measurement))
         (folder / f"{measurement.measure.slug}.partial.safetensors").unlink(missing_ok=True)
 
     def partial(self, spec: RunSpec, measure: Measure) -> dict[str, Tensor] | None:
@@ -181,25 +193,25 @@ class Store:
     def save_partial(self, spec: RunSpec, measure: Measure, tensors: dict[str, Tensor]) -> None:
         """Keep what is there of a measure under way, in the place of what was kept before."""
         path = self._prepare(spec) / f"{measure.slug}.partial.safetensors"
-        _write_tensors(path, tensors, {"measure": measure.canonical()})
+        write_tensors(path, tensors, {"measure": measure.canonical()})
 
     def measurements(self, spec: RunSpec) -> Iterator[Measurement]:
         """Go through all that has been measured on the network of ``spec``."""
         for path in sorted(self._folder(spec).glob("*-*.json")):
-            yield measurement_from_json(_read_sealed_json(path), str(path))
+            yield measurement_from_json(read_sealed(path), str(path))
 
-    def spent(self, spec: RunSpec, measure: Measure | None) -> float:
-        """Return the seconds of work on a measure (None: on an epoch of the training) that was not finished."""
+    def spent(self, spec: RunSpec, measure: Measure | None) -> Spent:
+        """Return the work on a measure (None: on an epoch of the training) that is not finished."""
         path = self._spent_file(spec, measure)
-        return float(_read_sealed_json(path)["seconds"]) if path.exists() else 0.0
+        return Spent(**read_sealed(path)) if path.exists() else Spent()
 
-    def save_spent(self, spec: RunSpec, measure: Measure | None, seconds: float) -> None:
-        """Keep the seconds of work on what was not finished; 0 forgets them."""
-        if seconds > 0:
-            self._prepare(spec)
-            _write_sealed_json(self._spent_file(spec, measure), {"seconds": round(seconds, 3)})
-        else:
+    def save_spent(self, spec: RunSpec, measure: Measure | None, spent: Spent) -> None:
+        """Keep the seconds of work on what is not finished; none forgets them."""
+        if spent == Spent():
             self._spent_file(spec, measure).unlink(missing_ok=True)
+        else:
+            self._prepare(spec)
+            write_sealed(self._spent_file(spec, measure), asdict(spent))
 
     def _spent_file(self, spec: RunSpec, measure: Measure | None) -> Path:
         return self._folder(spec) / f"{measure.slug if measure else 'epoch'}.spent"
@@ -237,18 +249,17 @@ class Store:
     def results(self) -> Iterator[RunResult]:
         """Go through all ended trainings."""
         for path in sorted(self.root.glob("runs/*/run.json")):
-            yield run_result_from_json(_read_sealed_json(path), str(path))
+            yield run_result_from_json(read_sealed(path), str(path))
 
     def under_way(self) -> Iterator[tuple[RunSpec, list[Epoch], str | None]]:
         """Go through the trainings under way: spec, finished epochs, and the processor's name; reads no tensor."""
         for path in sorted(self.root.glob("runs/*/checkpoint.safetensors")):
             try:
-                with safe_open(path, framework="pt") as file:
-                    notes = json.loads((file.metadata() or {})["notes"])
-            except FileNotFoundError:  # another process has just ended it
-                continue
-            except (SafetensorError, OSError, ValueError, KeyError) as error:
-                raise _damaged(path, str(error)) from error
+                notes = read_notes(path)
+            except InputError:
+                if path.exists():
+                    raise
+                continue  # another process has just ended it
             spec = RunSpec.parse(json.loads(notes["spec"]), str(path))
             yield spec, [Epoch(**line) for line in notes["history"]], notes.get("device")
 
@@ -258,7 +269,7 @@ class Store:
         for path in sorted(self.root.glob("runs/*/*")):
             try:
                 if path.suffix in (".json", ".spent"):
-                    _read_sealed_json(path)
+                    read_sealed(path)
                 elif path.suffix == ".safetensors":
                     read_tensors(path)
             except InputError as error:
@@ -271,7 +282,7 @@ class Store:
 
         While another process holds it, this one waits; without ``wait`` it raises InputError.
         """
-        with _clear_errors(self.root):
+        with clear_errors(self.root):
             self._prepare(spec)
             lock = FileLock(self.root / "locks" / f"{spec.key}.lock")
             try:
@@ -303,11 +314,11 @@ class Store:
 
     def _prepare(self, spec: RunSpec) -> Path:
         folder = self._folder(spec)
-        with _clear_errors(self.root):
+        with clear_errors(self.root):
             folder.mkdir(parents=True, exist_ok=True)
             (self.root / "locks").mkdir(exist_ok=True)
         if not (self.root / "store.json").exists():
-            _write_sealed_json(self.root / "store.json", {"schema": SCHEMA})
+            write_sealed(self.root / "store.json", {"schema": SCHEMA})
         return folder
 
 
@@ -351,106 +362,3 @@ def measurement_from_json(body: dict[str, Any], where: str) -> Measurement:
         return Measurement(parse_measure(body["measure"], where), body["values"], body["provenance"])
     except KeyError as error:
         raise InputError(f"{where} does not hold a measurement (no {error}); remove it") from error
-
-
-# -- files: sealed with a checksum, written whole or not at all ----------------------------------------------------
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that ``path`` is either as before or wholly new, also after a power cut.
-
-    Raises InputError when the disk is full, read-only, or the folder cannot be written.
-    """
-    with _clear_errors(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(
-            f"cannot write {path}: {reason}; nothing that was there is lost: make room or rights, or choose another "
-            "folder with --store, and run the same command again"
-        ) from error
-
-
-def _damaged(path: Path | str, why: str) -> InputError:
-    return InputError(f"{path} is damaged ({why}); remove it, and what it held is computed again")
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def seal(body: dict[str, Any]) -> bytes:
-    """Return JSON content with its checksum, as the bytes of a file."""
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return json.dumps({"sha256": _digest(text.encode()), "body": body}, indent=1, sort_keys=True).encode() + b"\n"
-
-
-def unseal(content: bytes, where: Path | str) -> dict[str, Any]:
-    """Return what `seal` sealed; raise InputError naming ``where`` if the checksum does not match."""
-    try:
-        sealed = json.loads(content)
-        body, digest = sealed["body"], sealed["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(where, "not a sealed JSON file") from error
-    if _digest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()) != digest:
-        raise _damaged(where, "its checksum does not match")
-    return dict(body)
-
-
-def _write_sealed_json(path: Path, body: dict[str, Any]) -> None:
-    write_whole(path, seal(body))
-
-
-def _read_sealed_json(path: Path) -> dict[str, Any]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    return unseal(content, path)
-
-
-def _tensor_digest(tensors: dict[str, Tensor], notes: str) -> str:
-    digest = hashlib.sha256(notes.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    text = json.dumps(notes, sort_keys=True)
-    write_whole(path, save(plain, {"notes": text, "sha256": _tensor_digest(plain, text)}))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and notes of a file of the store; raise InputError if it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if _tensor_digest(tensors, header.get("notes", "")) != header.get("sha256"):
-        raise _damaged(path, "its checksum does not match")
-    return tensors, json.loads(header["notes"])
