@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import random
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +24,23 @@ from hessnb.experiments.campaign import Unit
 from hessnb.experiments.estimate import Estimates, in_words, seconds_of
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.provenance import device_name
-from hessnb.experiments.spec import AttackAccuracy, AttackSpec, InputCurvature, Measure, RunSpec, Spectrum
+from hessnb.experiments.spec import (
+    AttackAccuracy,
+    AttackSpec,
+    InputCurvature,
+    LossLine,
+    LossPlane,
+    Measure,
+    RunSpec,
+    Spectrum,
+)
 from hessnb.experiments.store import Measurement, RunResult, Spent, Store
 from hessnb.training import Epoch, State
 
 CPU = torch.device("cpu")
+
+
+LANDSCAPES = (LossLine, LossPlane)
 
 
 def tasks(*names: str, profile: str = "smoke", seeds: int = 1) -> list[grid.Task]:
@@ -53,7 +67,7 @@ def measured(store: Store, spec: RunSpec, measure: Measure, seconds: float, devi
 
 
 def test_order_is_seed_by_seed_cheap_before_expensive_and_never_before_what_is_needed(tmp_path: Path) -> None:
-    plan = tasks("table7", "table3", "stopping", profile="paper", seeds=2)
+    plan = tasks(*grid.ARTEFACTS, profile="paper", seeds=2)
     units = campaign.units(plan)
     order = campaign.ordered(units, Estimates(Store(tmp_path), CPU))
     assert set(order) == set(units)
@@ -61,13 +75,16 @@ def test_order_is_seed_by_seed_cheap_before_expensive_and_never_before_what_is_n
     assert [unit.spec.recipe.seed for unit in order] == sorted(unit.spec.recipe.seed for unit in order)
     place = {unit: i for i, unit in enumerate(order)}
     assert all(place[Unit(needed)] < place[unit] for unit in units for needed in unit.needs)
+    along = [(Unit(unit.spec, unit.measure.along), unit) for unit in units if isinstance(unit.measure, LANDSCAPES)]
+    assert sum(spectrum in place for spectrum, _ in along) > 1
+    assert all(place[spectrum] < place[unit] for spectrum, unit in along if spectrum in place)
     for seed in (0, 1):
         kinds = ["training" if u.measure is None else u.measure.kind for u in order if u.spec.recipe.seed == seed]
-        expensive = [kind in ("spectrum", "power_iteration") for kind in kinds]
+        expensive = [kind not in ("training", "attack_accuracy", "input_curvature") for kind in kinds]
         assert expensive == sorted(expensive), "expensive ones come last"
         assert kinds[-1] == "power_iteration"
-    sizes = [u.spec.recipe.batch_size for u in order if u.measure is None and u.spec.parent is None][:6]
-    assert sizes == [64, 128, 256, 512, 1024, 2048]
+    sizes = [u.spec.recipe.batch_size for u in order if u.measure is None and u.spec.recipe.loss_target == 0.001]
+    assert sizes[:8] == [16, 32, 64, 128, 256, 512, 1024, 2048]
 
 
 def test_order_follows_the_costs_that_the_store_knows(tmp_path: Path) -> None:
@@ -315,6 +332,26 @@ def test_eigensolve_stops_at_a_save_and_goes_on_from_there(
     assert spent[-1] == 0.0
 
 
+def test_landscape_keeps_its_points_and_their_seconds(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, done = copy_of(network, tmp_path / "store"), list[str]()
+    spec = tasks("table7")[0].spec
+    line = LossLine(along=Spectrum(split="train", k=1, tol=1e-2), reach=0.1, points=3, batch=10)
+    monkeypatch.setattr(run, "measured", partial(busy, 60.0, done))
+    monkeypatch.setattr(campaign, "_STEP", 0.2)
+    for calls in (1, 2):
+        assert campaign.carry_out(store, [grid.Task(spec, (line,))], budget=1.5) == []
+        assert store.spent(spec, line).kept == pytest.approx(1.5 * calls, abs=0.5)
+        assert store.spent(spec, line).lost == 0.0
+    monkeypatch.undo()
+    assert campaign.carry_out(store, [grid.Task(spec, (line,))], budget=60.0) == []
+    found = store.measurement(spec, line)
+    assert found is not None
+    assert 2.5 < found.provenance["seconds"] < 30.0
+    assert store.spent(spec, line) == Spent()
+
+
 def test_eigensolve_too_slow_for_a_single_save_is_told(
     network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,12 +394,22 @@ def test_what_another_process_is_at_work_on_is_put_off(tmp_path: Path) -> None:
     store, plan = Store(tmp_path / "store"), [grid.Task(task.spec, (L2,)) for task in tasks("table7")]
     first, second = (task.spec for task in plan)
     assert not store.is_held(first)
-    with store.lock(first):
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.lock(first):
+            held.set()
+            done.wait()
+
+    with ThreadPoolExecutor() as other:
+        other.submit(hold)
+        held.wait()
         assert store.is_held(first)
         assert not store.is_held(second)
         started = time.monotonic()
         assert campaign.carry_out(store, plan, budget=6.0) == []
         assert 5.5 < time.monotonic() - started < 8.0, "it has waited to the end"
+        done.set()
     assert store.result(first) is None
     assert store.measurement(second, L2) is not None
     assert campaign.carry_out(store, plan) == []

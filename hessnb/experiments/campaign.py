@@ -293,6 +293,7 @@ class _Work:
 
     def _measure(self, spec: RunSpec, measure: Measure) -> bool:
         new, share_done, last = self._estimates.measure(spec, measure) is None, 0.0, self._clock.now
+        started = last - self._store.spent(spec, measure).kept
 
         def told(what: str, share: float, detail: str) -> None:
             nonlocal share_done
@@ -301,8 +302,8 @@ class _Work:
 
         def saved() -> None:
             nonlocal last
-            seconds, step, last = self._store.spent(spec, measure).kept, self._clock.now - last, self._clock.now
-            left = seconds * (1 - share_done) / share_done if share_done > 0 else math.inf
+            step, last = self._clock.now - last, self._clock.now
+            left = (last - started) * (1 - share_done) / share_done if share_done > 0 else math.inf
             if not self._clock.fits(min(left, max(step, RESUMED[measure.kind]))):
                 raise OutOfTime
 

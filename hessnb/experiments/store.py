@@ -6,7 +6,9 @@
         checkpoint.safetensors             the last finished epoch of a training under way
         weights.safetensors, run.json      the trained network; run.json is written last and makes it a result
         <measure>-<key>.json               one thing computed on it
+        <measure>-<key>.vectors.safetensors   the eigenvectors that landscapes go along
         <measure>-<key>.partial.safetensors   an eigen-solve under way
+        <measure>-<key>.points.txt            the finished points of a landscape under way
         <measure>-<key>.spent, epoch.spent    seconds of work on what was not finished
 
 Every file carries a checksum, is written beside its place, forced to the disk and renamed: a kill, a full disk or a
@@ -183,7 +185,8 @@ class Store:
         """Keep what a measure gave."""
         folder = self._prepare(spec)
         write_sealed(folder / f"{measurement.measure.slug}.json", measurement_to_json(measurement))
-        (folder / f"{measurement.measure.slug}.partial.safetensors").unlink(missing_ok=True)
+        for under_way in ("partial.safetensors", "points.txt", "spent"):
+            (folder / f"{measurement.measure.slug}.{under_way}").unlink(missing_ok=True)
 
     def partial(self, spec: RunSpec, measure: Measure) -> dict[str, Tensor] | None:
         """Return what is kept of a measure under way, by name, or None."""
@@ -194,6 +197,20 @@ class Store:
         """Keep what is there of a measure under way, in the place of what was kept before."""
         path = self._prepare(spec) / f"{measure.slug}.partial.safetensors"
         write_tensors(path, tensors, {"measure": measure.canonical()})
+
+    def points_file(self, spec: RunSpec, measure: Measure) -> Path:
+        """Return where the finished points of a landscape under way are kept."""
+        return self._prepare(spec) / f"{measure.slug}.points.txt"
+
+    def vectors(self, spec: RunSpec, measure: Measure) -> Tensor | None:
+        """Return the eigenvectors (j, n) that are kept of a spectrum, the leading first, or None."""
+        path = self._folder(spec) / f"{measure.slug}.vectors.safetensors"
+        return read_tensors(path)[0]["vectors"] if path.exists() else None
+
+    def save_vectors(self, spec: RunSpec, measure: Measure, vectors: Tensor) -> None:
+        """Keep the leading eigenvectors (j, n) of a spectrum."""
+        path = self._prepare(spec) / f"{measure.slug}.vectors.safetensors"
+        write_tensors(path, {"vectors": vectors}, {"measure": measure.canonical()})
 
     def measurements(self, spec: RunSpec) -> Iterator[Measurement]:
         """Go through all that has been measured on the network of ``spec``."""
