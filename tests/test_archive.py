@@ -30,15 +30,15 @@ PROFILE = load_profile("smoke")
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store with fig1 of the smoke profile: two networks, a spectrum of each."""
+    """A store with layers of the smoke profile: two networks, four spectra of each."""
     store = Store(tmp_path_factory.mktemp("full") / "store")
-    run.compute(store, grid.artefact("fig1").tasks(PROFILE))
+    run.compute(store, grid.artefact("layers").tasks(PROFILE))
     return store
 
 
 def exported(store: Store, folder: Path, *, weights: bool = True, max_size: int = 15_000_000) -> list[Path]:
     return archive.export(
-        store, folder, "smoke", run.held(store, ["fig1"], PROFILE), weights=weights, max_size=max_size
+        store, folder, "smoke", run.held(store, ["layers"], PROFILE), weights=weights, max_size=max_size
     )
 
 
@@ -63,10 +63,10 @@ def test_all_comes_back_byte_for_byte_in_files_of_bounded_size(full: Store, tmp_
     other = Store(tmp_path / "other")
     done = archive.import_(other, paths)
     assert results(other) == results(full)
-    assert (len(done.written), done.there) == (6, 0)
+    assert (len(done.written), done.there) == (12, 0)
     assert other.check() == []
-    assert archive.import_(other, paths) == archive.Imported([], 6)
-    assert all(outcome.complete for outcome in run.look_up(other, grid.artefact("fig1").tasks(PROFILE)))
+    assert archive.import_(other, paths) == archive.Imported([], 12)
+    assert all(outcome.complete for outcome in run.look_up(other, grid.artefact("layers").tasks(PROFILE)))
 
 
 def test_same_results_give_the_same_bytes(full: Store, tmp_path: Path) -> None:
@@ -86,10 +86,10 @@ def test_numbers_alone_come_without_weights_which_can_follow(full: Store, tmp_pa
     other = Store(tmp_path / "other")
     archive.import_(other, exported(full, tmp_path / "numbers", weights=False))
     assert results(other) == {name: c for name, c in results(full).items() if not name.endswith(".safetensors")}
-    spec = grid.artefact("fig1").tasks(PROFILE)[0].spec
+    spec = grid.artefact("layers").tasks(PROFILE)[0].spec
     with pytest.raises(InputError, match="imported without its weights"):
         other.weights(spec)
-    assert archive.import_(other, exported(full, tmp_path / "all")).there == 4
+    assert archive.import_(other, exported(full, tmp_path / "all")).there == 10
     assert results(other) == results(full)
 
 
@@ -104,8 +104,8 @@ def test_what_is_missing_is_said(full: Store, tmp_path: Path) -> None:
 
 def test_same_result_computed_elsewhere_stays_as_it_is(full: Store, tmp_path: Path) -> None:
     other = copy_of(full, tmp_path / "other")
-    task = grid.artefact("fig1").tasks(PROFILE)[0]
-    result, (measure,) = full.result(task.spec), task.measures
+    task = grid.artefact("layers").tasks(PROFILE)[0]
+    result, measure = full.result(task.spec), task.measures[0]
     assert result is not None
     history = [replace(epoch, seconds=99.0) for epoch in result.history]
     again = replace(result, history=history, provenance=result.provenance | {"device": "another machine"})
@@ -114,13 +114,13 @@ def test_same_result_computed_elsewhere_stays_as_it_is(full: Store, tmp_path: Pa
     assert measurement is not None
     other.save_measurement(task.spec, replace(measurement, provenance={"device": "another machine"}))
     before = results(other)
-    assert archive.import_(other, exported(full, tmp_path / "out")) == archive.Imported([], 6)
+    assert archive.import_(other, exported(full, tmp_path / "out")) == archive.Imported([], 12)
     assert results(other) == before
 
 
 def test_different_result_is_refused_with_both_origins_and_replaced_when_told(full: Store, tmp_path: Path) -> None:
-    other, task = copy_of(full, tmp_path / "other"), grid.artefact("fig1").tasks(PROFILE)[0]
-    (measure,) = task.measures
+    other, task = copy_of(full, tmp_path / "other"), grid.artefact("layers").tasks(PROFILE)[0]
+    measure = task.measures[0]
     measurement = full.measurement(task.spec, measure)
     assert measurement is not None
     origin = measurement.provenance | {"device": "an abacus"}
@@ -137,7 +137,7 @@ def test_different_result_is_refused_with_both_origins_and_replaced_when_told(fu
 
 
 def test_replaced_network_takes_with_it_what_was_measured_on_it(full: Store, tmp_path: Path) -> None:
-    other, task = copy_of(full, tmp_path / "other"), grid.artefact("fig1").tasks(PROFILE)[0]
+    other, task = copy_of(full, tmp_path / "other"), grid.artefact("layers").tasks(PROFILE)[0]
     result, more = full.result(task.spec), grid.artefact("table7").tasks(PROFILE)[0].measures[2]
     assert result is not None
     history = [replace(epoch, train_loss=0.123) for epoch in result.history]
@@ -243,13 +243,13 @@ def call(*arguments: object) -> Result:
 
 def test_export_and_import_on_the_command_line(full: Store, tmp_path: Path) -> None:
     options = ["--profile", "smoke", "--store", full.root]
-    shown = call("store", "export", tmp_path / "out", "fig1", *options, "--weights", "--max-size", "60kB")
+    shown = call("store", "export", tmp_path / "out", "layers", *options, "--weights", "--max-size", "60kB")
     assert shown.exit_code == 0, shown.output
     files: Sequence[Path] = sorted((tmp_path / "out").iterdir())
     assert f"2 network(s) in {len(files)} file(s)" in shown.stdout
     shown = call("store", "import", *files, "--store", tmp_path / "other")
     assert shown.exit_code == 0, shown.output
-    assert "6 result(s) imported" in shown.stdout
+    assert "12 result(s) imported" in shown.stdout
     assert "0 result(s) imported" in call("store", "import", *files, "--store", tmp_path / "other").stdout
     everything = call("store", "export", tmp_path / "everything", *options)
     assert "2 network(s) in 1 file(s)" in everything.stdout
@@ -270,7 +270,7 @@ def test_damaged_result_is_not_exported(full: Store, tmp_path: Path) -> None:
 def test_run_that_another_process_holds_is_not_touched(full: Store, tmp_path: Path) -> None:
     other, paths = Store(tmp_path / "other"), exported(full, tmp_path / "out")
     with (
-        other.lock(grid.artefact("fig1").tasks(PROFILE)[0].spec),
+        other.lock(grid.artefact("layers").tasks(PROFILE)[0].spec),
         pytest.raises(InputError, match="another process is at work"),
     ):
         archive.import_(other, paths)

@@ -21,11 +21,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store in which fig1 of the smoke profile has been computed by code that says that it is committed."""
+    """A store in which layers of the smoke profile has been computed by code that says that it is committed."""
     store = Store(tmp_path_factory.mktemp("smoke") / "store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(provenance, "COMMIT", COMMIT)
-        run.compute(store, grid.artefact("fig1").tasks(load_profile("smoke")))
+        run.compute(store, grid.artefact("layers").tasks(load_profile("smoke")))
     return store
 
 
@@ -47,9 +47,9 @@ def test_record_is_complete_deterministic_and_passes_its_check(smoke: Store, fol
     before = {path: path.read_bytes() for path in folder.rglob("*.json")}
     assert record.publish(smoke, folder, load_profile("smoke")) == record.Published([], [])
     assert record.check(folder) == []
-    held = run.held(smoke, ["fig1"], load_profile("smoke"))
-    assert len(before) == sum(1 + len(outcome.measurements) for outcome in held) == 4
-    read = record.recorded("fig1", "smoke", folder)
+    held = run.held(smoke, ["layers"], load_profile("smoke"))
+    assert len(before) == sum(1 + len(outcome.measurements) for outcome in held) == 10
+    read = record.recorded("layers", "smoke", folder)
     assert [outcome.measurements for outcome in read] == [outcome.measurements for outcome in held]
     for ours, theirs in zip(read, held, strict=True):
         assert ours.result is not None
@@ -61,7 +61,7 @@ def test_record_is_complete_deterministic_and_passes_its_check(smoke: Store, fol
 
 def test_some_batch_sizes_of_a_seed_are_published(tmp_path: Path) -> None:
     profile = load_profile("smoke")
-    first = grid.artefact("fig1").tasks(profile)[0]
+    first = grid.artefact("layers").tasks(profile)[0]
     store = Store(tmp_path / "store")
     result = RunResult(first.spec, "done", "", [EPOCH], came_from())
     store.save_result(
@@ -85,13 +85,13 @@ def came_from(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("commit", [None, f"{COMMIT}+changes", "abc"])
 def test_what_uncommitted_code_computed_stays_out(smoke: Store, tmp_path: Path, commit: str | None) -> None:
     profile = load_profile("smoke")
-    first, second = (smoke.result(task.spec) for task in grid.artefact("fig1").tasks(profile))
+    first, second = (smoke.result(task.spec) for task in grid.artefact("layers").tasks(profile))
     assert first is not None
     assert second is not None
     store = Store(tmp_path / "store")
     store.save_result(replace(first, provenance=first.provenance | {"commit": commit}), State(1, {}, [], []))
     store.save_result(second, State(1, {}, [], []))
-    (measure,) = grid.artefact("fig1").tasks(profile)[1].measures
+    measure = grid.artefact("layers").tasks(profile)[1].measures[0]
     found = smoke.measurement(second.spec, measure)
     assert found is not None
     store.save_measurement(second.spec, replace(found, provenance=found.provenance | {"commit": commit}))
@@ -189,8 +189,8 @@ def test_benchmarks_are_checked_too(tmp_path: Path) -> None:
 
 
 def test_provenance_is_one_line_that_says_all(smoke: Store) -> None:
-    (outcome, *_) = run.held(smoke, ["fig1"], load_profile("smoke"))
-    (measurement,) = outcome.measurements.values()
+    (outcome, *_) = run.held(smoke, ["layers"], load_profile("smoke"))
+    measurement = next(iter(outcome.measurements.values()))
     text = provenance.line(outcome.task.spec.label, measurement.provenance)
     assert text.startswith("M1-mnist5k-b20-s0, seed 0, commit 0123456789, ")
     told = measurement.provenance
@@ -212,6 +212,6 @@ def test_pages_can_link_to_each_file_of_the_committed_record() -> None:
 
 
 def test_recorded_measure_that_is_missing_is_none(folder: Path) -> None:
-    task = grid.artefact("fig1").tasks(load_profile("smoke"))[0]
+    task = grid.artefact("layers").tasks(load_profile("smoke"))[0]
     read: Measurement | None = record.Record(folder / "smoke").measurement(task.spec, InputCurvature(split="test"))
     assert read is None

@@ -32,6 +32,7 @@ from torch import Tensor
 from hessnb.errors import InputError
 from hessnb.experiments.files import (
     clear_errors,
+    damaged,
     read_notes,
     read_sealed,
     read_tensors,
@@ -220,7 +221,10 @@ class Store:
     def spent(self, spec: RunSpec, measure: Measure | None) -> Spent:
         """Return the work on a measure (None: on an epoch of the training) that is not finished."""
         path = self._spent_file(spec, measure)
-        return Spent(**read_sealed(path)) if path.exists() else Spent()
+        try:
+            return Spent(**read_sealed(path)) if path.exists() else Spent()
+        except TypeError as error:
+            raise damaged(path, str(error)) from error
 
     def save_spent(self, spec: RunSpec, measure: Measure | None, spent: Spent) -> None:
         """Keep the seconds of work on what is not finished; none forgets them."""
