@@ -47,9 +47,8 @@ def exact_proportion(successes: int, n: int) -> Interval:
 def difference(first: float, second: float, n: int, *, comparisons: int = 1) -> Interval:
     """Return the difference of two proportions, each of ``n`` samples, with the interval of Newcombe (1998, method 10).
 
-    Of proportions on the *same* samples it is an interval for independent ones: too wide where the two agree on most
-    samples, never too narrow unless they disagree more than chance would have it. With ``comparisons`` it is widened, so
-    that so many of them hold together (Bonferroni).
+    It takes the two for independent. Of two on the *same* samples it is therefore too wide wherever they tend to be
+    right on the same ones. With ``comparisons`` it is widened, so that so many of them hold together (Bonferroni).
     """
     z = float(scipy.stats.norm.ppf(1 - 0.025 / comparisons))
     one, two = (_wilson(share, n, z) for share in (first, second))

@@ -84,13 +84,6 @@ def recorded(name: str, profile: str = "paper", folder: Path | None = None) -> l
     return _all_seeds(Record(folder / loaded.name), name, loaded) if folder else []
 
 
-def recorded_rows(name: str, profile: str = "paper") -> list[Outcome]:
-    """Return what the record holds of an artefact under a profile, and an empty outcome for each run that it lacks."""
-    found = {outcome.task.spec: outcome for outcome in recorded(name, profile)}
-    planned = [Outcome(task, None, {}) for task in artefact(name).tasks(load_profile(profile), 1)]
-    return [*found.values(), *(outcome for outcome in planned if outcome.task.spec not in found)]
-
-
 def _all_seeds(source: Results, name: str, profile: Profile) -> list[Outcome]:
     """Return the outcomes whose run ``source`` holds, for seeds 0, 1, ... as long as it holds any of a seed."""
     found: list[Outcome] = []
