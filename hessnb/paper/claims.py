@@ -118,10 +118,10 @@ def assess(record: Path | None = None) -> list[Assessment]:
             return checked_samples()
         return measured(from_record(name, folder=record)) if name in ARTEFACTS else pd.DataFrame()
 
-    return [Assessment(claim, test(claim, printed), test(claim, recorded)) for claim in claims()]
+    return [Assessment(claim, examine(claim, printed), examine(claim, recorded)) for claim in claims()]
 
 
-def test(claim: Claim, numbers: Callable[[str], pd.DataFrame]) -> Tested:
+def examine(claim: Claim, numbers: Callable[[str], pd.DataFrame]) -> Tested:
     """Test a claim on the numbers that ``numbers`` gives of each of its artefacts."""
     region = claim.holds.region()
     parts = list(STATISTICS[claim.statistic]({name: numbers(name) for name in claim.frames}, **claim.parameters))

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from hessnb import data
 from hessnb.models import build
@@ -26,13 +27,12 @@ def checked_samples() -> pd.DataFrame:
     model = build("M1", width=0.2, seed=0)
     train(model, digits, Recipe(batch_size=20, lr=0.05, momentum=0.9, max_epochs=3, seed=0))
     eigenvalues = torch.cat([input_eigenvalues(model.eval(), x, y) for x, y in digits.test.batches(18)])
+    return violations(eigenvalues, len(digits.classes)).assign(network="M1", profile="computed for this page")
+
+
+def violations(eigenvalues: Tensor, classes: int) -> pd.DataFrame:
+    """Return for each sample's eigenvalues (N, d) whether one is negative, and whether more than c - 1 are not zero."""
     largest = eigenvalues.abs().amax(dim=1)
     ranks = (eigenvalues.abs() > RANK_THRESHOLD * largest[:, None]).sum(dim=1)
-    return pd.DataFrame(
-        {
-            "network": "M1",
-            "profile": "computed for this page",
-            "indefinite": (eigenvalues.amin(dim=1) < -RANK_THRESHOLD * largest).int().tolist(),
-            "rank_above": (ranks > len(digits.classes) - 1).int().tolist(),
-        }
-    )
+    indefinite = eigenvalues.amin(dim=1) < -RANK_THRESHOLD * largest
+    return pd.DataFrame({"indefinite": indefinite.int().tolist(), "rank_above": (ranks > classes - 1).int().tolist()})
