@@ -12,12 +12,15 @@ from hessnb.experiments.record import project_root
 from hessnb.experiments.run import Outcome
 from hessnb.paper.recorded import Recorded
 
-HEADER = ("Run", "Seed", "Profile", "Commit", "Machine", "Date", "Record")
+HEADER = ("Run", "Seed", "Profile", "Commit", "Machine", "Date")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """One recorded run: the texts of `HEADER`'s columns, and the address of its folder in the repository, if known."""
+    """One recorded run: the texts of `HEADER`'s columns, and the address of its folder in the repository, if known.
+
+    Where it is not, the run is named by its folder in the record.
+    """
 
     cells: tuple[str, ...]
     address: str | None
@@ -35,16 +38,15 @@ def _origin(outcome: Recorded) -> Origin:
     commits = dict.fromkeys(p["commit"][:12] if p["commit"] else "unknown" for p in (told, *measured))
     dates = sorted({p["date"][:10] for p in (told, *measured)})
     machines = dict.fromkeys(f"{p['device']}, torch {p['torch']}" for p in (told, *measured))
+    base = files_address(project_root() or project_root(Path(__file__)))
     cells = (
-        spec.label,
+        spec.label if base else spec.slug,
         str(spec.recipe.seed),
         outcome.scale or "–",
         ", ".join(commits),
         "; ".join(machines),
-        dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
-        spec.key,
+        " to ".join(dict.fromkeys((dates[0], dates[-1]))).replace("-", "\u2011"),  # hyphens that do not break
     )
-    base = files_address(project_root() or project_root(Path(__file__)))
     return Origin(cells, f"{base}/{outcome.folder}" if base else None)
 
 

@@ -10,7 +10,11 @@ from hessnb.paper.claims import Assessment, Question, Tested, assess
 from hessnb.paper.tables import markdown
 from hessnb.paper.verdicts import STATISTICS, Part, Verdict
 
-QUESTIONS: tuple[Question, ...] = ("Q1", "Q2", "Q3")
+QUESTIONS: dict[Question, str] = {
+    "Q1": "Where training with large batches ends",
+    "Q2": "Robustness against the batch size",
+    "Q3": "Adversarial training, and the Hessian in the input",
+}
 
 _MARKS = {Verdict.HOLDS: "✓", Verdict.IN_PART: "◐", Verdict.FAILS: "✗", Verdict.OPEN: "·"}
 
@@ -36,26 +40,20 @@ def counts(assessed: Sequence[Assessment]) -> str:
             ("in the paper's own numbers", [a.papers.verdict for a in chosen]),
         ):
             rows.append((name, where, *(str(verdicts.count(v)) for v in Verdict), str(len(chosen))))
-    header = ("Question", "", *(f"{_MARKS[v]} {v}" for v in Verdict), "Claims")
-    return markdown(header, rows) + "\n"
+    return _plain(("Question", "", *(f"{_MARKS[v]} {v}" for v in Verdict), "Claims"), rows)
 
 
 def of_question(assessed: Sequence[Assessment]) -> str:
     """Return what was found on one question: a sentence on ours, one on the paper's numbers, and the claims."""
     rows = [
-        (
-            f"[{a.claim.title}](#claim-{a.claim.id})",
-            a.claim.place,
-            _papers_verdict(a.papers),
-            _shown(a.ours.verdict) + _scale(a.ours),
-        )
+        (f"[{a.claim.title}](#claim-{a.claim.id})", _shown(a.ours.verdict) + _scale(a.ours), _papers_verdict(a.papers))
         for a in assessed
     ]
-    table = markdown(("Claim", "Place in the paper", "In the paper's numbers", "Measured here"), rows)
+    table = _plain(("Claim", "Measured here", "In the paper's numbers"), rows)
     ours, papers = ([(a.claim.title, getattr(a, who).verdict) for a in assessed] for who in ("ours", "papers"))
     return (
         f"**Found so far.** Of the {len(assessed)} claims on this question, {_in_words(ours, 'measured yet')}. "
-        f"In the numbers that the paper itself prints, {_in_words(papers, 'decided')}.\n\n{table}\n"
+        f"In the numbers that the paper itself prints, {_in_words(papers, 'decided')}.\n\n{table}"
     )
 
 
@@ -78,8 +76,8 @@ def _in_words(found: Sequence[tuple[str, Verdict]], settled: str) -> str:
 def details(assessed: Sequence[Assessment], chapters: Collection[str]) -> str:
     """Return every claim with its statistic, verdicts, what is missing, and, folded, the numbers of each part."""
     parts = []
-    for question in QUESTIONS:
-        parts.append(f"## {question}\n")
+    for question, title in QUESTIONS.items():
+        parts.append(f"## {question}. {title}\n")
         parts += [_claim(a, chapters) for a in assessed if a.claim.question == question]
     return "\n".join(parts)
 
@@ -125,6 +123,11 @@ def missing(tested: Tested) -> str:
             reason = part.lacks or "measured, but the interval leaves it open"
             told.setdefault(reason, {})[part.network] = None
     return "; ".join(f"{', '.join(networks)}: {reason}" for reason, networks in told.items()) + ("." if told else "")
+
+
+def _plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table without number and caption, whose first column may wrap on a narrow screen."""
+    return f"```{{table}}\n:class: scoreboard\n:align: left\n\n{markdown(header, rows)}\n```\n"
 
 
 def _region(a: Assessment) -> str:

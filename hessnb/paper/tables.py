@@ -36,17 +36,16 @@ class Table:
         table = f"```{{table}} {self.caption}\n:name: {self.name}\n:align: center\n\n{body}\n```\n"
         if not self.origins:
             return table
-        told = [(*o.cells[:-1], f"[{o.cells[-1]}]({o.address})" if o.address else o.cells[-1]) for o in self.origins]
+        told = [(f"[{o.cells[0]}]({o.address})" if o.address else o.cells[0], *o.cells[1:]) for o in self.origins]
         return f"{table}\n```{{dropdown}} {_FOLDED}\n{markdown(HEADER, told)}\n```\n"
 
     def _repr_html_(self) -> str:
         table = _html(self.header, [[html.escape(cell) for cell in row] for row in self.rows], self.caption)
         if not self.origins:
             return table
-        told = [
-            [*map(html.escape, o.cells[:-1]), f'<a href="{o.address}">{o.cells[-1]}</a>' if o.address else o.cells[-1]]
-            for o in self.origins
-        ]
+        told = [[html.escape(cell) for cell in o.cells] for o in self.origins]
+        for cells, origin in zip(told, self.origins, strict=True):
+            cells[0] = f'<a href="{origin.address}">{cells[0]}</a>' if origin.address else cells[0]
         return f"{table}<details><summary>{_FOLDED}</summary>{_html(HEADER, told)}</details>"
 
 
