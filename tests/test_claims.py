@@ -22,6 +22,7 @@ from hessnb.paper import adversarial, claims, large_batch, numbers, origins, rec
 from hessnb.paper.claims import Claim, assess
 from hessnb.paper.published import published
 from hessnb.paper.recorded import Recorded, from_record
+from hessnb.paper.tables import Table
 from hessnb.paper.verdicts import Part, Region, Verdict
 from hessnb.statistics import Interval
 from hessnb.training import Epoch
@@ -419,6 +420,13 @@ def test_recorded_table_shows_differences_and_where_each_number_comes_from() -> 
     assert shown.index("```{table}") < shown.index("```{dropdown} Where these numbers come from")
     assert "<details><summary>Where these numbers come from</summary>" in page
     assert shown.count("0123456789ab") == page.count("0123456789ab") == 6
+
+
+def test_run_is_a_link_to_its_record_where_the_repository_is_known() -> None:
+    origin = origins.Origin(("a-run", "0", "paper", "c0ffee", "A processor", "2026"), "https://example.org/x")
+    table = Table("tab-x", "a caption", ("A",), (("1",),), (origin,))
+    assert "| [a-run](https://example.org/x) |" in table._repr_markdown_()
+    assert '<td><a href="https://example.org/x">a-run</a></td>' in table._repr_html_()
 
 
 def test_numbers_of_a_smaller_scale_get_no_difference() -> None:

@@ -177,7 +177,7 @@ def accuracy_difference(frames: Frames, *, pairs: list[list[str]]) -> Iterator[P
 
 
 def share_with_negative(frames: Frames, *, samples: int, threshold: float) -> Iterator[Part]:
-    """Share of the spectra of sub-sampled Hessians whose lowest eigenvalue is below minus ``threshold`` times the largest.
+    """Share of sub-sampled spectra whose lowest eigenvalue is below minus ``threshold`` times the largest.
 
     The exact interval of Clopper and Pearson, over networks and draws.
     """
