@@ -60,17 +60,17 @@ def difference(first: float, second: float, n: int, *, comparisons: int = 1) -> 
     )
 
 
-def mean(values: Sequence[float]) -> Interval | None:
+def mean(values: Sequence[float], *, comparisons: int = 1) -> Interval | None:
     """Return the mean with Student's interval, which takes the values for draws from a normal distribution.
 
-    None for fewer than three values.
+    None for fewer than three values. ``comparisons`` as in `difference`.
     """
     n = len(values)
     if n < 3:
         return None
     middle = math.fsum(values) / n
     deviation = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (n - 1))
-    half = float(scipy.stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    half = float(scipy.stats.t.ppf(1 - 0.025 / comparisons, n - 1)) * deviation / math.sqrt(n)
     return Interval(middle, middle - half, middle + half)
 
 

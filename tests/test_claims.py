@@ -18,13 +18,24 @@ from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import AttackAccuracy, InputCurvature, Measure, RunSpec, Spectrum
 from hessnb.experiments.store import Measurement, RunResult, measurement_to_json, run_result_to_json
-from hessnb.paper import adversarial, claims, large_batch, numbers, origins, recorded, scoreboard, theory, verdicts
+from hessnb.paper import (
+    adversarial,
+    claims,
+    evidence,
+    large_batch,
+    numbers,
+    origins,
+    recorded,
+    scoreboard,
+    theory,
+    verdicts,
+)
 from hessnb.paper.claims import Claim, assess
 from hessnb.paper.published import published
 from hessnb.paper.recorded import Recorded, from_record
 from hessnb.paper.tables import Table
 from hessnb.paper.verdicts import Part, Region, Verdict
-from hessnb.statistics import Interval
+from hessnb.statistics import Interval, difference, mean
 from hessnb.training import Epoch
 
 PROVENANCE = {
@@ -133,7 +144,7 @@ def test_list_is_whole() -> None:
     figures = {f"fig{i}" for i in range(1, 14)}
     known = figures | {f"table{i}" for i in (1, 2, 3, 4, 7)} | {claims.THEORY}
     assert {name for claim in BY_ID.values() for name in claim.frames} <= known
-    assert {claim.statistic for claim in BY_ID.values()} == set(verdicts.STATISTICS), "a statistic that nothing uses"
+    assert {claim.statistic for claim in BY_ID.values()} == set(evidence.STATISTICS), "a statistic that nothing uses"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +208,7 @@ def test_rank_correlation_pairs_columns_of_the_same_set_and_leaves_out_what_is_m
             "adversarial_0.1_train": [1, 2, 3, 4, 6, 5],
         }
     )
-    parts = labelled(verdicts.rank_correlation(rows, first="lambda1_x", second=["adversarial_*"]))
+    parts = labelled(evidence.rank_correlation(rows, first="lambda1_x", second=["adversarial_*"]))
     test, train = (parts[f"N FGSM (float32), ε = 0.1, {of} set"] for of in ("test", "training"))
     assert (test.n, train.n) == (5, 6)
     assert test.interval is not None
@@ -205,18 +216,18 @@ def test_rank_correlation_pairs_columns_of_the_same_set_and_leaves_out_what_is_m
     assert test.numbers == "6: 1; 5: 2; 4: 3; 3: 4; 2: 5"
     assert train.interval is not None
     assert 0.9 < train.interval.value < 1
-    by_size = labelled(verdicts.rank_correlation(rows, first="batch_size", second=["adversarial_0.1_test"]))
+    by_size = labelled(evidence.rank_correlation(rows, first="batch_size", second=["adversarial_0.1_test"]))
     assert interval_of(by_size, "N FGSM (float32), ε = 0.1, test set").value == pytest.approx(1)
 
 
 def test_ratio_is_a_geometric_mean_over_runs_and_over_spectra() -> None:
     rows = frame(over1_a=[2.0, 2.0, 2.0], over2_a=[8.0, 8.0, 8.0], under1=[1.0, 1.0, 1.0], under2=[1.0, 1.0, math.nan])
-    (part,) = verdicts.ratio(rows, over=["over1_a"], under=["under1"])
+    (part,) = evidence.ratio(rows, over=["over1_a"], under=["under1"])
     assert part.interval is not None
     assert (part.interval.value, part.interval.low, part.interval.high) == pytest.approx((2, 2, 2))
-    (spectra,) = verdicts.ratio(rows, over=["over*_a"], under=["under*"])
+    (spectra,) = evidence.ratio(rows, over=["over*_a"], under=["under*"])
     assert (spectra.n, spectra.interval) == (2, None), "a run with a missing cell does not count"
-    assert "needs three networks" in spectra.lacks
+    assert "needs three runs" in spectra.lacks
     assert spectra.numbers == "4; 4"
 
 
@@ -226,14 +237,38 @@ def test_ratio_to_original_compares_within_a_seed() -> None:
         seed=[0, 1, 0, 0, 1, 2],
         lambda1_train=[10.0, 100.0, 1.0, 2.0, 10.0, 77.0],
     )
-    (part,) = verdicts.ratio_to_original(rows, columns=["lambda*_train", "curvature_train"])
-    assert part.numbers == "0.1; 0.2; 0.1", "the robust network of seed 2 has no original"
-    assert part.label == "all samples"
+    parts = labelled(evidence.ratio_to_original(rows, columns=["lambda*_train", "curvature_train"]))
+    assert parts["N all samples, seed 0"].numbers == "0.1; 0.2"
+    assert parts["N all samples, seed 1"].numbers == "0.1"
+    assert len(parts) == 2, "the robust network of seed 2 has no original"
+
+
+def test_networks_of_one_original_are_not_taken_for_independent_ones() -> None:
+    """Five robust networks that are alike within a seed, while seeds differ: what the interval is over matters."""
+    seeds = {0: 0.5, 1: 0.6, 2: 3.0, 3: 1.4}
+    runs = [(seed, method) for seed in seeds for method in ("ORI", *ATTACKS)]
+    values = [seeds[seed] * (1 + 0.01 * i) if method != "ORI" else 1.0 for i, (seed, method) in enumerate(runs)]
+    columns = {"seed": [s for s, _ in runs], "training": [m for _, m in runs], "lambda1_train": values}
+    (part,) = evidence.ratio_to_original(frame(**columns), columns=["lambda*_train"])
+    assert part.n == 4
+    assert part.interval is not None
+    assert part.interval.low < 0.5 < 2 < part.interval.high, "as wide as four seeds that disagree"
+    few = {name: column[:12] for name, column in columns.items()}
+    each = labelled(evidence.ratio_to_original(frame(**few), columns=["lambda*_train"]))
+    assert [p.n for p in each.values()] == [5, 5]
+    assert interval_of(each, "N all samples, seed 0").high < interval_of(each, "N all samples, seed 1").low
+
+
+def test_accuracies_of_three_seeds_are_compared_over_seeds() -> None:
+    columns = {"seed": [0, 1, 2] * 2, "training": ["ORI"] * 3 + ["FGSM"] * 3, "clean": [90, 92, 97, 89, 90, 94]}
+    (part,) = evidence.accuracy_difference(frame(**columns), pairs=[["ORI/clean", "FGSM/clean"]])
+    assert part.n == 3
+    assert part.interval == mean([1.0, 2.0, 3.0])
 
 
 def test_relative_change_can_pass_through_zero() -> None:
     rows = frame(start_train=[2.0, 4.0, 1.0], end_train=[1.0, -4.0, 0.5])
-    (part,) = verdicts.relative_change(rows, start="start", end="end")
+    (part,) = evidence.relative_change(rows, start="start", end="end")
     assert part.interval is not None
     assert part.interval.value == pytest.approx((-0.5 - 2 - 0.5) / 3)
     assert part.label == "training set"
@@ -241,11 +276,12 @@ def test_relative_change_can_pass_through_zero() -> None:
 
 def test_drop_is_from_the_best_batch_size_and_needs_the_largest() -> None:
     values = {"batch_size": [1, 2, 4, 8], "accuracy_test": [90.0, 95.0, 94.0, 85.0], "n_test": 10_000}
-    (part,) = verdicts.drop_after_peak(frame(**values), column="accuracy_test")
+    (part,) = evidence.drop_after_peak(frame(**values), column="accuracy_test")
     assert part.interval is not None
     assert part.interval.value == pytest.approx(10)
+    assert part.interval.low < 100 * difference(0.95, 0.85, 10_000).low, "the best of several looks better than it is"
     assert 8.5 < part.interval.low < part.interval.high < 11.5
-    (open_,) = verdicts.drop_after_peak(
+    (open_,) = evidence.drop_after_peak(
         frame(**values | {"accuracy_test": [90, 95, 94, math.nan]}), column="accuracy_test"
     )
     assert open_.interval is None
@@ -254,22 +290,28 @@ def test_drop_is_from_the_best_batch_size_and_needs_the_largest() -> None:
 
 def test_differences_of_accuracies_are_in_points_and_each_pair_once() -> None:
     rows = frame(training=["ORI", *ATTACKS], clean=[99.0, 98, 97, 96, 95, math.nan], FGSM=[50.0, 90, 90, 90, 90, 40])
-    clean = labelled(verdicts.accuracy_difference(rows, pairs=[["ORI/clean", "{robust}/clean"]]))
+    clean = labelled(evidence.accuracy_difference(rows, pairs=[["ORI/clean", "{robust}/clean"]]))
     assert len(clean) == 5
     assert interval_of(clean, "N ORI/clean − FHSM/clean").value == pytest.approx(4)
     assert clean["N ORI/clean − L2HESS/clean"].lacks == "none measured, needs both accuracies"
-    best = list(verdicts.accuracy_difference(rows, pairs=[["FGSM/FGSM", "{any}/FGSM"]]))
+    best = list(evidence.accuracy_difference(rows, pairs=[["FGSM/FGSM", "{any}/FGSM"]]))
     assert len(best) == 5, "a network is not compared with itself"
-    everywhere = verdicts.accuracy_difference(rows, pairs=[["{robust}/{attack}", "ORI/{attack}"]])
+    everywhere = evidence.accuracy_difference(rows, pairs=[["{robust}/{attack}", "ORI/{attack}"]])
     assert len(list(everywhere)) == 25
 
 
 def test_share_of_negative_spectra_counts_what_is_significant() -> None:
-    rows = frame(lambda1_B1_0=[10.0] * 4, lowest_B1_0=[-1.0, -0.05, 2.0, math.nan], lambda1_B1_1=5.0, lowest_B1_1=-5.0)
-    (part,) = verdicts.share_with_negative(rows, samples=1, threshold=0.01)
-    assert part.n == 7
+    rows = frame(
+        seed=[0, 0, 1, 2],
+        lambda1_B1_0=[10.0] * 4,
+        lowest_B1_0=[-1.0, -0.05, -2.0, math.nan],  # -0.05 is less than a hundredth
+        lambda1_B1_1=5.0,
+        lowest_B1_1=[-5.0, -1.0, 0.1, -1.0],
+    )
+    (part,) = evidence.share_with_negative(rows, samples=1, threshold=0.01)
+    assert part.n == 5, "one draw on all networks of a seed counts once"
     assert part.interval is not None
-    assert part.interval.value == pytest.approx(5 / 7)
+    assert part.interval.value == pytest.approx(3 / 5)
 
 
 def test_lowest_eigenvalue_has_the_interval_of_its_residual_over_all_seeds() -> None:
@@ -280,7 +322,7 @@ def test_lowest_eigenvalue_has_the_interval_of_its_residual_over_all_seeds() -> 
         lowest_train=[-0.2, -0.4, 0.5],
         error_train=[0.02, 0.1, 0.0],
     )
-    parts = labelled(verdicts.lowest_eigenvalue(rows, trainings=["ORI", "FGSM", "FHSM"]))
+    parts = labelled(evidence.lowest_eigenvalue(rows, trainings=["ORI", "FGSM", "FHSM"]))
     found = interval_of(parts, "N ORI")
     assert (found.low, found.value, found.high) == pytest.approx((-0.25, -0.15, -0.09))
     assert Region(high=0.0).judge(found) is Verdict.HOLDS
@@ -474,7 +516,7 @@ def test_every_claim_is_on_the_scoreboard_and_on_its_page(pages: dict[str, str])
         assert claim.sentence in pages["claims.md"]
     assert "{doc}`/notebooks/03_hessian_spectrum`" in pages["claims.md"]
     assert "{doc}`/notebooks/05" not in pages["claims.md"], "a chapter that is not there cannot be linked"
-    assert all(f"`{name}`\n: " in pages["statistics.md"] for name in verdicts.STATISTICS)
+    assert all(f"`{name}`\n: " in pages["statistics.md"] for name in evidence.STATISTICS)
 
 
 def test_counts_add_up(pages: dict[str, str]) -> None:

@@ -17,10 +17,11 @@ from pydantic import Field, field_validator, model_validator
 from hessnb.errors import InputError, unknown
 from hessnb.experiments.grid import ARTEFACTS
 from hessnb.experiments.spec import Frozen
+from hessnb.paper.evidence import STATISTICS
 from hessnb.paper.numbers import measured, printed
 from hessnb.paper.recorded import from_record
 from hessnb.paper.theory import checked_samples
-from hessnb.paper.verdicts import STATISTICS, Part, Region, Verdict, verdict
+from hessnb.paper.verdicts import Part, Region, Verdict, verdict
 
 Question = Literal["Q1", "Q2", "Q3"]
 

@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hessnb.paper.claims import Assessment, Question, Tested, assess
+from hessnb.paper.evidence import STATISTICS
 from hessnb.paper.tables import markdown
-from hessnb.paper.verdicts import STATISTICS, Part, Verdict
+from hessnb.paper.verdicts import Part, Verdict
 
 QUESTIONS: dict[Question, str] = {
     "Q1": "Where training with large batches ends",
