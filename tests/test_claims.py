@@ -248,7 +248,11 @@ def test_networks_of_one_original_are_not_taken_for_independent_ones() -> None:
     seeds = {0: 0.5, 1: 0.6, 2: 3.0, 3: 1.4}
     runs = [(seed, method) for seed in seeds for method in ("ORI", *ATTACKS)]
     values = [seeds[seed] * (1 + 0.01 * i) if method != "ORI" else 1.0 for i, (seed, method) in enumerate(runs)]
-    columns = {"seed": [s for s, _ in runs], "training": [m for _, m in runs], "lambda1_train": values}
+    columns: dict[str, list[object]] = {
+        "seed": [s for s, _ in runs],
+        "training": [m for _, m in runs],
+        "lambda1_train": values,
+    }
     (part,) = evidence.ratio_to_original(frame(**columns), columns=["lambda*_train"])
     assert part.n == 4
     assert part.interval is not None
