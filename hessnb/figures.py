@@ -96,11 +96,17 @@ def training_curves(outcomes: Sequence[Outcome]) -> Figure:
 
 
 def spectra(outcomes: Sequence[Outcome]) -> Figure:
-    """Show the top eigenvalues of the training loss against their index, one line a batch size (the paper's Fig. 1)."""
+    """Show the top eigenvalues of the training loss against their index, one line a batch size (the paper's Fig. 1).
+
+    One panel a network.
+    """
+    networks = list(dict.fromkeys(outcome.task.spec.model.name for outcome in outcomes))
     with style():
-        figure, (axis,) = _new()
-        for i, outcome in enumerate(outcomes):
-            if eigenvalues := outcome.eigenvalues("train"):
+        figure, axes = _new(len(networks), width=6.0 if len(networks) == 1 else 7.0)
+        for axis, network in zip(axes, networks, strict=True):
+            shown = [o for o in outcomes if o.task.spec.model.name == network and o.eigenvalues("train")]
+            for i, outcome in enumerate(shown):
+                eigenvalues = outcome.eigenvalues("train")
                 axis.semilogy(
                     range(1, len(eigenvalues) + 1),
                     eigenvalues,
@@ -108,9 +114,10 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
                     color=COLOURS[i % len(COLOURS)],
                     label=f"B = {outcome.task.spec.recipe.batch_size}",
                 )
-        axis.set(xlabel="index of the eigenvalue", ylabel="eigenvalue of the training Hessian")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(ncols=2, fontsize=10)
+            axis.set(title=network, xlabel="index of the eigenvalue")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.legend(ncols=2, fontsize=9)
+        axes[0].set_ylabel("eigenvalue of the training Hessian")
     return figure
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,7 +17,15 @@ from hessnb.errors import InputError
 from hessnb.experiments.grid import Task, artefact
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import Outcome
-from hessnb.experiments.spec import AttackAccuracy, InputCurvature, Measure, RunSpec, Spectrum
+from hessnb.experiments.spec import (
+    AttackAccuracy,
+    InputCurvature,
+    Interpolation,
+    LossLine,
+    Measure,
+    RunSpec,
+    Spectrum,
+)
 from hessnb.experiments.store import Measurement, RunResult, measurement_to_json, run_result_to_json
 from hessnb.paper import (
     adversarial,
@@ -248,7 +257,7 @@ def test_networks_of_one_original_are_not_taken_for_independent_ones() -> None:
     seeds = {0: 0.5, 1: 0.6, 2: 3.0, 3: 1.4}
     runs = [(seed, method) for seed in seeds for method in ("ORI", *ATTACKS)]
     values = [seeds[seed] * (1 + 0.01 * i) if method != "ORI" else 1.0 for i, (seed, method) in enumerate(runs)]
-    columns: dict[str, list[object]] = {
+    columns: dict[str, list[Any]] = {
         "seed": [s for s, _ in runs],
         "training": [m for _, m in runs],
         "lambda1_train": values,
@@ -379,6 +388,9 @@ def test_spectra_are_told_apart_by_what_they_are_over() -> None:
     assert row == {
         "lambda1_train": 4.0, "lambda2_train": 2.0, "lambda3_train": 1.0, "lowest_train": -2.0, "error_train": 0.2
     }  # fmt: skip
+    drawn = numbers._spectrum(Spectrum(split="train", k=3, tol=1e-4, samples=320, draw=0), values)
+    assert list(drawn.values()) == list(row.values())
+    assert {name.split("_", 1)[1] for name in drawn} == {"B320_0"}
     missing = numbers._spectrum(spectrum, {})
     assert missing.keys() == row.keys()
     assert all(math.isnan(value) for value in missing.values())
@@ -387,15 +399,15 @@ def test_spectra_are_told_apart_by_what_they_are_over() -> None:
 def test_curvature_along_lines_is_the_second_difference_at_the_right_places() -> None:
     places = [i / 10 - 0.5 for i in range(21)]
     losses = {"train": [x**4 for x in places], "test": [3 * x**2 for x in places]}
-    way = numbers._lines("interpolation", {"positions": places, "losses": losses})
+    line_measure = LossLine(along=Spectrum(split="train", k=2, tol=1e-4), reach=0.5, points=21, batch=20)
+    way = numbers._lines(Interpolation(points=21), {"positions": places, "losses": losses})
     assert way["start_test"] == pytest.approx(6)
     assert way["end_train"] == pytest.approx(12, abs=0.1)
     assert way["start_train"] == pytest.approx(0, abs=0.1)
-    line = numbers._lines("loss_line", {"positions": places, "losses": {**losses, "batch": losses["test"]}})
+    line = numbers._lines(line_measure, {"positions": places, "losses": {**losses, "batch": losses["test"]}})
     assert line == {"curvature_train": way["start_train"], "curvature_test": way["start_test"],
                     "curvature_batch": way["start_test"]}  # fmt: skip
-    assert numbers._lines("input_curvature", {}) == {}
-    assert set(numbers._lines("loss_line", {})) == set(line)
+    assert set(numbers._lines(line_measure, {})) == set(line)
 
 
 # -- the record --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cli") / "store"
     done = call("run", "table7", "fig1", *SMOKE, "--store", root)
     assert done.exit_code == 0, done.output
-    assert "2 of 2 networks" in done.stdout
+    assert "4 of 4 networks" in done.stdout
     return root
 
 
@@ -135,7 +135,7 @@ def test_bad_profile_is_one_line_and_exit_code_two(tmp_path: Path, old: str, new
 def test_diverged_training_exits_with_one_and_keeps_its_history(tmp_path: Path) -> None:
     path = tmp_path / "wild.toml"
     path.write_text(PROFILE.replace("lr = 0.05", "lr = 1e9").replace("[20, 100]", "[100]"))
-    shown = call("run", "fig1", "--profile", path, "--store", tmp_path / "store")
+    shown = call("run", "fig6", "--profile", path, "--store", tmp_path / "store")
     assert shown.exit_code == 1
     assert "diverged" in shown.stderr
     (result,) = Store(tmp_path / "store").results()

@@ -12,10 +12,13 @@ from hessnb.errors import InputError
 from hessnb.experiments import grid
 from hessnb.experiments.profile import load_profile, profile_names
 from hessnb.experiments.spec import (
+    SPLITS,
     AttackAccuracy,
     AttackSpec,
     DataSpec,
     InputCurvature,
+    LossLine,
+    LossPlane,
     ModelSpec,
     PowerIteration,
     RunSpec,
@@ -91,14 +94,14 @@ def test_paper_profile_is_the_papers_table_seven() -> None:
         (DataSpec(name="mnist"), ModelSpec(name="M1"), 0.001)
     }
     measures = grid.artefact("table7").tasks(profile, 1)[0].measures
-    assert measures[:2] == (Spectrum(split="train", k=20, tol=1e-4), Spectrum(split="test", k=1, tol=1e-4))
+    assert measures[:2] == (Spectrum(split="train", k=2, tol=1e-4), Spectrum(split="test", k=1, tol=1e-4))
     assert measures[2:4] == (InputCurvature(split="train"), InputCurvature(split="test"))
     attacks = [m for m in measures if isinstance(m, AttackAccuracy)]
     assert [(m.split, m.attack) for m in attacks] == [
         (split, AttackSpec(method="FGSM", eps=eps, clip=True, precision=precision))
         for precision in (None, "plain")
         for eps in (0.2, 0.1, 0.05)
-        for split in grid.SPLITS
+        for split in SPLITS
     ]
     assert measures[4:] == tuple(attacks)
 
@@ -154,11 +157,18 @@ def test_every_artefact_has_tasks_under_every_profile_and_parents_come_first(pro
             assert task.spec.parent in specs[:place]
 
 
-def test_figure_and_table_share_their_runs_and_spectra() -> None:
+def test_figures_share_the_runs_of_the_tables_and_the_eigenvectors_of_their_spectra() -> None:
     profile = load_profile("quick")
-    table, figure = (grid.artefact(name).tasks(profile, 1) for name in ("table7", "fig1"))
-    assert [task.spec for task in table] == [task.spec for task in figure]
-    assert all(set(f.measures) <= set(t.measures) for t, f in zip(table, figure, strict=True))
+    table, figure, lines, planes = (
+        grid.artefact(name).tasks(profile, 1) for name in ("table7", "fig1", "fig6", "fig7")
+    )
+    runs = [task.spec for task in table]
+    assert [task.spec for task in figure if task.spec.model.name == "M1"] == [task.spec for task in lines] == runs
+    assert [task.spec for task in planes] == [runs[0], runs[-1]]
+    for drawn in (*lines, *planes):
+        (measure,) = drawn.measures
+        assert isinstance(measure, LossLine | LossPlane)
+        assert measure.along in next(task for task in table if task.spec == drawn.spec).measures
 
 
 def _with(tmp_path: Path, old: str, new: str) -> Path:

@@ -9,17 +9,21 @@ from typing import Literal
 from hessnb import models
 from hessnb.attacks import ATTACKS, BEYOND
 from hessnb.errors import InputError, unknown
-from hessnb.experiments.profile import AdversarialTraining, Profile
+from hessnb.experiments.profile import AdversarialTraining, LargeBatch, Profile
 from hessnb.experiments.spec import (
     SECOND_ORDER,
+    SPLITS,
     AttackAccuracy,
     AttackSpec,
+    Density,
     InputCurvature,
+    Interpolation,
+    LossLine,
+    LossPlane,
     Measure,
     PowerIteration,
     RunSpec,
     Spectrum,
-    SplitName,
 )
 
 
@@ -62,11 +66,18 @@ def plan(artefacts: Sequence[Artefact], profile: Profile, seeds: int | None = No
     return list(merged.values())
 
 
-SPLITS: tuple[SplitName, ...] = ("train", "test")
+def _leading(profile: Profile) -> Spectrum:
+    """Return the two leading eigenvalues of the training loss: one for the tables, both for the planes."""
+    return Spectrum(split="train", k=2, tol=profile.spectrum.tol)
 
 
-def _large_batch(name: str, k: int | None = None) -> Tasks:
-    """Return the tasks of a network's rows in Tables 1, 2 and 7, with ``k`` training eigenvalues (None: all)."""
+def _full(profile: Profile) -> Spectrum:
+    """Return all eigenvalues of the training loss that the paper draws."""
+    return Spectrum(split="train", k=profile.spectrum.k, tol=profile.spectrum.tol)
+
+
+def _large_batch(name: str) -> Tasks:
+    """Return the tasks of a network's rows in Tables 1, 2 and 7."""
 
     def tasks(profile: Profile, seed: int) -> list[Task]:
         network, spectrum = profile.large_batch[name], profile.spectrum
@@ -77,7 +88,7 @@ def _large_batch(name: str, k: int | None = None) -> Tasks:
             for eps in network.eps
         ]
         measures: tuple[Measure, ...] = (
-            Spectrum(split="train", k=k or spectrum.k, tol=spectrum.tol),
+            _leading(profile),
             Spectrum(split="test", k=1, tol=spectrum.tol),
             *(InputCurvature(split=split) for split in SPLITS),
             *(AttackAccuracy(split=split, attack=attack) for attack in attacks for split in SPLITS),
@@ -88,7 +99,7 @@ def _large_batch(name: str, k: int | None = None) -> Tasks:
 
 
 def _table1(profile: Profile, seed: int) -> list[Task]:
-    return [*_large_batch("C1", 1)(profile, seed), *_large_batch("C2", 1)(profile, seed)]
+    return [*_large_batch("C1")(profile, seed), *_large_batch("C2")(profile, seed)]
 
 
 def _adversarial(name: str) -> Tasks:
@@ -177,9 +188,85 @@ def _section34(settings: AdversarialTraining) -> list[AttackSpec]:
 
 
 def _fig1(profile: Profile, seed: int) -> list[Task]:
-    m1, spectrum = profile.large_batch["M1"], profile.spectrum
-    measures = (Spectrum(split="train", k=spectrum.k, tol=spectrum.tol),)
-    return [Task(m1.spec(batch_size, seed), measures) for batch_size in m1.batch_sizes]
+    networks = [profile.large_batch[name] for name in ("C1", "M1")]
+    return [Task(network.spec(b, seed), (_full(profile),)) for network in networks for b in network.batch_sizes]
+
+
+def _lines(name: str) -> Tasks:
+    """Return the losses along the dominant eigenvector, for each batch size."""
+
+    def tasks(profile: Profile, seed: int) -> list[Task]:
+        network, drawn = profile.large_batch[name], profile.landscape
+        line = LossLine(along=_leading(profile), reach=drawn.reach, points=drawn.line_points, batch=drawn.batch)
+        return [Task(network.spec(batch_size, seed), (line,)) for batch_size in network.batch_sizes]
+
+    return tasks
+
+
+def _planes(name: str) -> Tasks:
+    """Return the losses on the plane of the two leading eigenvectors, for the smallest and the largest batch."""
+
+    def tasks(profile: Profile, seed: int) -> list[Task]:
+        network, drawn = profile.large_batch[name], profile.landscape
+        plane = LossPlane(along=_leading(profile), reach=drawn.reach, points=drawn.plane_points)
+        return [Task(network.spec(batch_size, seed), (plane,)) for batch_size in _extremes(network)]
+
+    return tasks
+
+
+def _extremes(network: LargeBatch) -> list[int]:
+    """Return the smallest and the largest batch size."""
+    return sorted({min(network.batch_sizes), max(network.batch_sizes)})
+
+
+def _interpolated(name: str) -> Tasks:
+    """Return the losses from the original network to each robust one."""
+
+    def tasks(profile: Profile, seed: int) -> list[Task]:
+        line = Interpolation(points=profile.landscape.line_points)
+        return [Task(profile.adversarial[name].robust(method, seed), (line,)) for method in ATTACKS]
+
+    return tasks
+
+
+def _subsampled(profile: Profile, samples: int, draw: int) -> Spectrum:
+    """Return the spectrum of a sub-sampled Hessian of the training loss."""
+    return Spectrum(split="train", k=profile.spectrum.k, tol=profile.spectrum.tol, samples=samples, draw=draw)
+
+
+def _robust_spectra(name: str) -> Tasks:
+    """Return the spectra of original and robust networks: of single samples twice, of a batch, and of all samples."""
+
+    def tasks(profile: Profile, seed: int) -> list[Task]:
+        drawn = [_subsampled(profile, n, draw) for n, draw in ((1, 0), (1, 1), (profile.landscape.batch, 0))]
+        return [Task(network, (*drawn, _full(profile))) for network in _six(profile, name, seed)]
+
+    return tasks
+
+
+def _robust_lines(name: str) -> Tasks:
+    """Return the losses of original and robust networks along the dominant eigenvector of a sub-sampled Hessian."""
+
+    def tasks(profile: Profile, seed: int) -> list[Task]:
+        drawn = profile.landscape
+        first = _subsampled(profile, drawn.batch, 0)
+        line = LossLine(along=first, reach=drawn.reach, points=drawn.line_points, batch=drawn.batch)
+        return [Task(network, (first, line)) for network in _six(profile, name, seed)]
+
+    return tasks
+
+
+def _six(profile: Profile, name: str, seed: int) -> list[RunSpec]:
+    """Return the original network of section 3.3 and the five robust ones."""
+    settings = profile.adversarial[name]
+    return [settings.original(seed), *(settings.robust(method, seed) for method in ATTACKS)]
+
+
+def _densities(profile: Profile, seed: int) -> list[Task]:
+    """Return the spectral densities of the training loss for each batch size."""
+    m1, settings = profile.large_batch["M1"], profile.density
+    density = Density(split="train", probes=settings.probes, steps=settings.steps)
+    return [Task(m1.spec(batch_size, seed), (density,)) for batch_size in m1.batch_sizes]
 
 
 # How many eigenvalues of each layer, and how many by power iteration, are enough to see the point.
@@ -194,15 +281,14 @@ def _layers(profile: Profile, seed: int) -> list[Task]:
         Spectrum(split="train", k=k, tol=spectrum.tol, parameters=layer)
         for layer in models.layers("M1", variant=m1.model.variant)
     )
-    sizes = sorted({min(m1.batch_sizes), max(m1.batch_sizes)})
-    return [Task(m1.spec(batch_size, seed), measures) for batch_size in sizes]
+    return [Task(m1.spec(batch_size, seed), measures) for batch_size in _extremes(m1)]
 
 
 def _stopping(profile: Profile, seed: int) -> list[Task]:
     """Return the first eigenvalues of one network, by Lanczos iteration and by the paper's power iteration."""
     m1, spectrum = profile.large_batch["M1"], profile.spectrum
     measures = (
-        Spectrum(split="train", k=spectrum.k, tol=spectrum.tol),
+        _full(profile),
         PowerIteration(split="train", k=min(_FEW, spectrum.k), tol=spectrum.tol),
     )
     return [Task(m1.spec(m1.batch_sizes[0], seed), measures)]
@@ -211,18 +297,29 @@ def _stopping(profile: Profile, seed: int) -> list[Task]:
 ARTEFACTS = {
     artefact.name: artefact
     for artefact in (
-        Artefact("table1", "C1, C2 on CIFAR-10: accuracy, curvature and robustness against batch size", _table1),
-        Artefact(
-            "table2", "CR on CIFAR-100: accuracy, curvature and robustness against batch size", _large_batch("CR", 1)
-        ),
+        Artefact("table1", "C1, C2 on CIFAR-10: accuracy, curvature, robustness against batch size", _table1),
+        Artefact("table2", "CR on CIFAR-100: accuracy, curvature, robustness against batch size", _large_batch("CR")),
         Artefact("table3", "M1 on MNIST: five adversarial trainings under five attacks", _adversarial("M1")),
         Artefact("table4", "C3 on CIFAR-10: five adversarial trainings under five attacks", _adversarial("C3")),
         Artefact("table5", "The five attacks: clipping, precision, radius (M1)", _on_original("M1", _apart)),
         Artefact("cg", "Second-order attacks from one conjugate gradient step to the inverse", _both(_cg)),
         Artefact("eps", "Accuracy under the five attacks against their size", _both(_curves)),
         Artefact("section34", "Gradient, second-order and preconditioned attacks of equal size", _both(_section34)),
-        Artefact("table7", "M1 on MNIST: accuracy, curvature and robustness against batch size", _large_batch("M1")),
-        Artefact("fig1", "Top 20 Hessian eigenvalues against batch size (M1, right)", _fig1),
+        Artefact("table7", "M1 on MNIST: accuracy, curvature, robustness against batch size", _large_batch("M1")),
+        Artefact("fig1", "Top 20 Hessian eigenvalues against batch size (C1, M1)", _fig1),
+        Artefact("fig2", "Loss along the dominant eigenvector, by batch size (C1)", _lines("C1")),
+        Artefact("fig3", "Loss on the plane of two eigenvectors (C1)", _planes("C1")),
+        Artefact("fig4", "Loss between original and robust networks (C3)", _interpolated("C3")),
+        Artefact("fig5", "Spectra of sub-sampled Hessians, original and robust (C3)", _robust_spectra("C3")),
+        Artefact("fig6", "Loss along the dominant eigenvector, by batch size (M1)", _lines("M1")),
+        Artefact("fig7", "Loss on the plane of two eigenvectors (M1)", _planes("M1")),
+        Artefact("fig8", "Loss along the dominant eigenvector, by batch size (C2)", _lines("C2")),
+        Artefact("fig9", "Loss on the plane of two eigenvectors (C2)", _planes("C2")),
+        Artefact("fig10", "Loss between original and robust networks (M1)", _interpolated("M1")),
+        Artefact("fig11", "Spectra of sub-sampled Hessians, original and robust (M1)", _robust_spectra("M1")),
+        Artefact("fig12", "Loss along an eigenvector, original and robust (M1)", _robust_lines("M1")),
+        Artefact("fig13", "Loss along an eigenvector, original and robust (C3)", _robust_lines("C3")),
+        Artefact("density", "Spectral density of the Hessian against batch size (M1)", _densities),
         Artefact("layers", "Hessian eigenvalues layer by layer, smallest and largest batch (M1)", _layers),
         Artefact("stopping", "The paper's power iteration beside certified eigenvalues (M1)", _stopping),
     )

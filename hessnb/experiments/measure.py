@@ -20,12 +20,19 @@ from hessnb.curvature import (
     input_curvature,
     lanczos,
     power_iteration,
+    spectral_density,
 )
-from hessnb.experiments.networks import attack_function, load_split, trained_model
+from hessnb.errors import InputError
+from hessnb.experiments.networks import attack_function, drawn, load_split, trained_model
 from hessnb.experiments.spec import (
+    SPLITS,
     AttackAccuracy,
     AttackSpec,
+    Density,
     InputCurvature,
+    Interpolation,
+    LossLine,
+    LossPlane,
     Measure,
     PowerIteration,
     RunSpec,
@@ -33,12 +40,16 @@ from hessnb.experiments.spec import (
     SplitName,
 )
 from hessnb.experiments.store import Store
+from hessnb.landscape import along, between, on_plane
 
 # Samples per minibatch of a Hessian-vector product: on a CPU the fastest of 100 to 2,500 for M1; a GPU wants more.
 HESSIAN_BATCH = {"cpu": 250, "cuda": 2000}
 
 # Samples that are attacked between two reports.
 ATTACK_BATCH = 1000
+
+# Eigenvectors of a spectrum that are kept: landscapes go along one or two.
+_KEPT_VECTORS = 2
 
 # Called with what is being done ("M1-mnist-b64-s0: training"), the share that is done, and a detail ("loss 0.012").
 Report = Callable[[str, float, str], None]
@@ -52,29 +63,111 @@ def measured(
     store: Store, spec: RunSpec, measure: Measure, device: torch.device, report: Report, label: str
 ) -> dict[str, object]:
     """Return what a measure gives on a trained network, as plain numbers and lists."""
-    if isinstance(measure, InputCurvature):
-        return _input_curvature(trained_model(store, spec, device), load_split(spec, measure.split, device))
-    if isinstance(measure, AttackAccuracy):
-        return _attack_accuracy(store, spec, measure, device, report, label)
-    return _eigenpairs(store, spec, measure, device, report, label)
+    match measure:
+        case InputCurvature():
+            return _input_curvature(trained_model(store, spec, device), load_split(spec, measure.split, device))
+        case AttackAccuracy():
+            return _attack_accuracy(store, spec, measure, device, report, label)
+        case LossLine() | LossPlane() | Interpolation():
+            return _landscape(store, spec, measure, device, report, label)
+        case Density():
+            return _density(store, spec, measure, device, report, label)
+        case Spectrum():
+            return _values(*_spectrum(store, spec, measure, device, report, label))
+        case PowerIteration():
+            operator = _operator(store, spec, measure, device)
+            return _values(power_iteration(operator, measure.k, measure.tol), operator)
 
 
-def _eigenpairs(
-    store: Store, spec: RunSpec, measure: Spectrum | PowerIteration, device: torch.device, report: Report, label: str
-) -> dict[str, object]:
-    model, split = trained_model(store, spec, device), load_split(spec, measure.split, device)
-    block = [measure.parameters] if isinstance(measure, Spectrum) and measure.parameters else None
-    operator = HessianOperator(model, F.cross_entropy, split.batches(HESSIAN_BATCH[device.type]), parameters=block)
+def _operator(
+    store: Store, spec: RunSpec, measure: Spectrum | PowerIteration | Density, device: torch.device
+) -> HessianOperator:
+    split = load_split(spec, measure.split, device)
+    block = samples = None
     if isinstance(measure, Spectrum):
-        found = _lanczos(operator, store, spec, measure, report, label)
-    else:
-        found = power_iteration(operator, measure.k, measure.tol)
+        block = [measure.parameters] if measure.parameters else None
+        samples = None if measure.draw is None else drawn(len(split), measure.samples or 1, measure.draw)
+    model, batches = trained_model(store, spec, device), split.batches(HESSIAN_BATCH[device.type])
+    return HessianOperator(model, F.cross_entropy, batches, parameters=block, samples=samples)
+
+
+def _spectrum(
+    store: Store, spec: RunSpec, measure: Spectrum, device: torch.device, report: Report, label: str
+) -> tuple[EigenResult, HessianOperator]:
+    """Solve for a spectrum, and keep the eigenvectors that landscapes go along."""
+    operator = _operator(store, spec, measure, device)
+    found = _lanczos(operator, store, spec, measure, report, label)
+    if measure.parameters is None:
+        store.save_vectors(spec, measure, found.eigenvectors[:_KEPT_VECTORS].float())
+    return found, operator
+
+
+def _values(found: EigenResult, operator: HessianOperator) -> dict[str, object]:
     return {
         "eigenvalues": found.eigenvalues.tolist(),
         "residuals": found.residuals.tolist(),
         "n_matvecs": found.n_matvecs,
         "converged": found.converged,
         "n_samples": operator.n_samples,
+    }
+
+
+def _density(
+    store: Store, spec: RunSpec, measure: Density, device: torch.device, report: Report, label: str
+) -> dict[str, object]:
+    operator = _operator(store, spec, measure, device)
+
+    def progress(done: int, total: int) -> None:
+        report(label, done / total, "")
+
+    found = spectral_density(operator, n_probes=measure.probes, n_steps=measure.steps, progress=progress)
+    return {
+        "nodes": found.nodes.tolist(),
+        "weights": found.weights.tolist(),
+        "n": found.n,
+        "n_matvecs": found.n_matvecs,
+        "n_samples": operator.n_samples,
+    }
+
+
+def _landscape(
+    store: Store,
+    spec: RunSpec,
+    measure: LossLine | LossPlane | Interpolation,
+    device: torch.device,
+    report: Report,
+    label: str,
+) -> dict[str, object]:
+    splits: dict[str, data.Split] = {name: load_split(spec, name, device) for name in SPLITS}
+    sets = {name: split.batches(training.EVALUATION_BATCH) for name, split in splits.items()}
+    if isinstance(measure, LossLine):
+        few = drawn(len(splits["train"]), measure.batch, 0).to(device)
+        sets["batch"] = data.Split(splits["train"].images[few], splits["train"].labels[few]).batches(len(few))
+
+    def progress(done: int, total: int) -> None:
+        report(label, done / total, "")
+
+    model, keep = trained_model(store, spec, device), store.points_file(spec, measure)
+    if isinstance(measure, Interpolation):
+        if spec.parent is None:
+            raise InputError(f"{spec.label} has no parent run: there is nothing to interpolate from")
+        places = torch.linspace(-0.5, 1.5, measure.points, dtype=torch.float64)
+        parent = trained_model(store, spec.parent, device)
+        found = between(parent, model, F.cross_entropy, sets, places, keep=keep, progress=progress)
+    else:
+        vectors = store.vectors(spec, measure.along)
+        if vectors is None:
+            vectors = _spectrum(store, spec, measure.along, device, report, label)[0].eigenvectors
+        v = vectors.to(device)
+        places = torch.linspace(-measure.reach, measure.reach, measure.points, dtype=torch.float64)
+        if isinstance(measure, LossLine):
+            found = along(model, F.cross_entropy, sets, v[0], places, keep=keep, progress=progress)
+        else:
+            found = on_plane(model, F.cross_entropy, sets, (v[0], v[1]), places, places, keep=keep, progress=progress)
+    return {
+        "positions": places.tolist(),
+        "losses": {name: losses.tolist() for name, losses in found.losses.items()},
+        "accuracies": {name: accuracies.tolist() for name, accuracies in found.accuracies.items()},
     }
 
 

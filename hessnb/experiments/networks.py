@@ -6,10 +6,11 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hessnb import data, models, training
 from hessnb.attacks import ATTACKS, BEYOND
+from hessnb.errors import InputError
 from hessnb.experiments.spec import AttackSpec, DataSpec, RunSpec, SplitName
 from hessnb.experiments.store import Store
 
@@ -27,6 +28,16 @@ def load_split(spec: RunSpec, name: SplitName, device: torch.device) -> data.Spl
     """Return the split of this name of the data that a run is trained on."""
     splits = load_data(spec.data, str(device))
     return splits.train if name == "train" else splits.test
+
+
+def drawn(n: int, samples: int, draw: int) -> Tensor:
+    """Return the indices (samples,) of a sub-sampled Hessian among ``n`` samples: the same for the same draw.
+
+    Raises InputError for more samples than there are.
+    """
+    if samples > n:
+        raise InputError(f"a sub-sampled Hessian of {samples} samples: the set has only {n:,}")
+    return torch.randperm(n, generator=torch.Generator().manual_seed(draw))[:samples]
 
 
 def new_model(spec: RunSpec, num_classes: int) -> nn.Module:

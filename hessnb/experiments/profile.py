@@ -6,7 +6,7 @@ import tomllib
 from importlib import resources
 from pathlib import Path
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from hessnb.errors import InputError, unknown
 from hessnb.experiments.spec import SECOND_ORDER, AttackSpec, DataSpec, Frozen, ModelSpec, RunSpec
@@ -91,6 +91,29 @@ class SpectrumSettings(Frozen):
     tol: PositiveFloat
 
 
+class LandscapeSettings(Frozen):
+    """Where the loss is drawn: how far along unit eigenvectors, at how many places, and the size of its batch."""
+
+    reach: PositiveFloat
+    line_points: PositiveInt
+    plane_points: PositiveInt
+    batch: PositiveInt
+
+    @field_validator("line_points")
+    @classmethod
+    def _holds_both_ends(cls, points: int) -> int:
+        if points % 4 != 1:  # from -1/2 to 3/2: 0 and 1 are the networks themselves
+            raise InputError(f"line_points = {points}: one more than a multiple of 4, so that 0 and 1 are on the line")
+        return points
+
+
+class DensitySettings(Frozen):
+    """The random vectors of a spectral density, and the steps of Lanczos iteration from each."""
+
+    probes: PositiveInt
+    steps: PositiveInt
+
+
 class Profile(Frozen):
     """The scale at which the grid is computed; one TOML file each, in ``hessnb/experiments/profiles``."""
 
@@ -100,6 +123,8 @@ class Profile(Frozen):
     large_batch: dict[str, LargeBatch]
     adversarial: dict[str, AdversarialTraining]
     spectrum: SpectrumSettings
+    landscape: LandscapeSettings
+    density: DensitySettings
 
 
 def profile_names() -> list[str]:

@@ -44,12 +44,13 @@ class Outcome:
     def eigenvalues(self, split: str, parameters: str | None = None) -> list[float]:
         """Return the Hessian eigenvalues measured on a split, the largest magnitude first; empty when not measured.
 
-        ``parameters`` names the block that they belong to, None the whole Hessian.
+        ``parameters`` names the block that they belong to, None the whole Hessian. Not those of a sub-sampled one.
         """
         found = [
             m.values["eigenvalues"]
             for measure, m in self.measurements.items()
-            if isinstance(measure, Spectrum) and measure.split == split and measure.parameters == parameters
+            if isinstance(measure, Spectrum)
+            and (measure.split, measure.parameters, measure.samples) == (split, parameters, None)
         ]
         return list(max(found, key=len, default=[]))
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import (
     BaseModel,
     ConfigDict,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -27,6 +28,7 @@ from hessnb.errors import InputError, unknown
 from hessnb.training import Recipe
 
 SplitName = Literal["train", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "test")
 
 # The attacks that solve a system with the input Hessian.
 SECOND_ORDER = ("FHSM", "L2HESS")
@@ -164,10 +166,8 @@ class RunSpec(Frozen):
         return f"{self.label}-{self.key}"
 
 
-class _Measured(Frozen, ABC):
-    """What every measure has: the data that it is taken over, and names."""
-
-    split: SplitName
+class _Named(Frozen, ABC):
+    """What every measure has: names."""
 
     @property
     @abstractmethod
@@ -180,21 +180,38 @@ class _Measured(Frozen, ABC):
         return f"{self.label}-{self.key}"
 
 
+class _Measured(_Named, ABC):
+    """What a measure over one split has: which one."""
+
+    split: SplitName
+
+
 class Spectrum(_Measured):
     """The ``k`` Hessian eigenvalues of largest magnitude over a split, to relative residual ``tol`` (section 3.1).
 
-    With ``parameters``, the name of a parameter or module, those of the diagonal block of its parameters.
+    With ``parameters``, the name of a parameter or module, those of the diagonal block of its parameters. With
+    ``samples``, the paper's B_H, those of the Hessian of as many samples of the split, drawn at random (section 3.3);
+    ``draw`` tells several such draws apart.
     """
 
     kind: Literal["spectrum"] = "spectrum"
     k: PositiveInt
     tol: PositiveFloat
     parameters: str | None = None
+    samples: PositiveInt | None = None
+    draw: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _drawn(self) -> Self:
+        if (self.samples is None) != (self.draw is None):
+            raise InputError("samples and draw belong together: give both or neither")
+        return self
 
     @property
     def label(self) -> str:
         """A short readable name."""
-        return f"spectrum-{self.split}-k{self.k}" + (f"-{self.parameters}" if self.parameters else "")
+        drawn = f"-{self.samples}of-draw{self.draw}" if self.samples else ""
+        return f"spectrum-{self.split}-k{self.k}" + (f"-{self.parameters}" if self.parameters else "") + drawn
 
 
 class PowerIteration(_Measured):
@@ -234,13 +251,80 @@ class AttackAccuracy(_Measured):
         return f"{self.attack.label}-{self.split}" + ("-transferred" if self.source else "")
 
 
+class LossLine(_Named):
+    """The loss at ``points`` places from -``reach`` to ``reach`` along the first eigenvector of a spectrum (Fig. 2).
+
+    Over the training set, the test set, and a batch of the training set of ``batch`` samples, drawn as those of a
+    `Spectrum` of that size and draw 0 are.
+    """
+
+    kind: Literal["loss_line"] = "loss_line"
+    along: Spectrum
+    reach: PositiveFloat
+    points: PositiveInt
+    batch: PositiveInt
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        return f"line-{self.along.label}-{self.points}"
+
+
+class LossPlane(_Named):
+    """The loss on a square of ``points`` times ``points`` places, of the same reach both ways along the first and the
+    second eigenvector of a spectrum (Fig. 3), over the training set and the test set.
+    """
+
+    kind: Literal["loss_plane"] = "loss_plane"
+    along: Spectrum
+    reach: PositiveFloat
+    points: PositiveInt
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        return f"plane-{self.along.label}-{self.points}"
+
+
+class Interpolation(_Named):
+    """The loss at ``points`` places on the line from the parent run's network, at 0, to the run's own, at 1 (Fig. 4).
+
+    It goes half as far beyond either end. Over the training set and the test set.
+    """
+
+    kind: Literal["interpolation"] = "interpolation"
+    points: PositiveInt
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        return f"interpolation-{self.points}"
+
+
+class Density(_Measured):
+    """The Hessian's spectral density over a split: Gauss rules of ``steps`` points from ``probes`` random vectors."""
+
+    kind: Literal["density"] = "density"
+    probes: PositiveInt
+    steps: PositiveInt
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        return f"density-{self.split}-{self.probes}x{self.steps}"
+
+
 # Further kinds of measure join here; they are told apart by ``kind``.
-Measure = Spectrum | PowerIteration | InputCurvature | AttackAccuracy
+Measure = Spectrum | PowerIteration | InputCurvature | AttackAccuracy | LossLine | LossPlane | Interpolation | Density
 _KINDS: dict[str, type[Measure]] = {
     "spectrum": Spectrum,
     "power_iteration": PowerIteration,
     "input_curvature": InputCurvature,
     "attack_accuracy": AttackAccuracy,
+    "loss_line": LossLine,
+    "loss_plane": LossPlane,
+    "interpolation": Interpolation,
+    "density": Density,
 }
 
 

@@ -6,7 +6,9 @@
         checkpoint.safetensors             the last finished epoch of a training under way
         weights.safetensors, run.json      the trained network; run.json is written last and makes it a result
         <measure>-<key>.json               one thing computed on it
+        <measure>-<key>.vectors.safetensors   the eigenvectors that landscapes go along
         <measure>-<key>.partial.safetensors   an eigen-solve under way
+        <measure>-<key>.points.txt            the finished points of a landscape under way
 
 Every file carries a checksum, is written beside its place, forced to the disk and renamed: a kill, a full disk or a
 second process at the same run can cost the work since the last checkpoint, never a file.
@@ -158,7 +160,8 @@ class Store:
         """Keep what a measure gave."""
         folder = self._prepare(spec)
         _write_sealed_json(folder / f"{measurement.measure.slug}.json", measurement_to_json(measurement))
-        (folder / f"{measurement.measure.slug}.partial.safetensors").unlink(missing_ok=True)
+        for under_way in ("partial.safetensors", "points.txt"):
+            (folder / f"{measurement.measure.slug}.{under_way}").unlink(missing_ok=True)
 
     def partial(self, spec: RunSpec, measure: Measure) -> dict[str, Tensor] | None:
         """Return what is kept of a measure under way, by name, or None."""
@@ -169,6 +172,20 @@ class Store:
         """Keep what is there of a measure under way, in the place of what was kept before."""
         path = self._prepare(spec) / f"{measure.slug}.partial.safetensors"
         _write_tensors(path, tensors, {"measure": measure.canonical()})
+
+    def points_file(self, spec: RunSpec, measure: Measure) -> Path:
+        """Return where the finished points of a landscape under way are kept."""
+        return self._prepare(spec) / f"{measure.slug}.points.txt"
+
+    def vectors(self, spec: RunSpec, measure: Measure) -> Tensor | None:
+        """Return the eigenvectors (j, n) that are kept of a spectrum, the leading first, or None."""
+        path = self._folder(spec) / f"{measure.slug}.vectors.safetensors"
+        return _read_tensors(path)[0]["vectors"] if path.exists() else None
+
+    def save_vectors(self, spec: RunSpec, measure: Measure, vectors: Tensor) -> None:
+        """Keep the leading eigenvectors (j, n) of a spectrum."""
+        path = self._prepare(spec) / f"{measure.slug}.vectors.safetensors"
+        _write_tensors(path, {"vectors": vectors}, {"measure": measure.canonical()})
 
     def measurements(self, spec: RunSpec) -> Iterator[Measurement]:
         """Go through all that has been measured on the network of ``spec``."""

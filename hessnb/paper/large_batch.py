@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from hessnb.experiments.grid import SPLITS
 from hessnb.experiments.run import Outcome
-from hessnb.experiments.spec import AttackAccuracy, AttackSpec, InputCurvature, SplitName
+from hessnb.experiments.spec import SPLITS, AttackAccuracy, AttackSpec, InputCurvature, SplitName
 from hessnb.paper.origins import origins
 from hessnb.paper.published import published
 from hessnb.paper.recorded import Recorded, papers_own, profiles

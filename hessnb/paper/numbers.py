@@ -25,7 +25,16 @@ import numpy as np
 import pandas as pd
 
 from hessnb.attacks import ATTACKS
-from hessnb.experiments.spec import AttackAccuracy, InputCurvature, Measure, RunSpec, Spectrum
+from hessnb.experiments.spec import (
+    SPLITS,
+    AttackAccuracy,
+    InputCurvature,
+    Interpolation,
+    LossLine,
+    Measure,
+    RunSpec,
+    Spectrum,
+)
 from hessnb.experiments.store import Measurement
 from hessnb.paper.published import ADVERSARIAL, LARGE_BATCH, published
 from hessnb.paper.recorded import Recorded
@@ -66,7 +75,7 @@ def _row(outcome: Recorded) -> Row:
         "n_test": spec.data.n_test or _N_TEST,
     }
     ended = outcome.result.history[-1] if outcome.result and outcome.result.status == "done" else None
-    row |= {f"accuracy_{s}": 100 * getattr(ended, f"{s}_accuracy") if ended else math.nan for s in ("train", "test")}
+    row |= {f"accuracy_{s}": 100 * getattr(ended, f"{s}_accuracy") if ended else math.nan for s in SPLITS}
     row["clean"] = row["accuracy_test"]
     # The longer of two spectra over the same data comes last and stays.
     for measure in sorted(outcome.task.measures, key=lambda m: getattr(m, "k", 0)):
@@ -89,7 +98,9 @@ def _columns(spec: RunSpec, measure: Measure, found: Measurement | None) -> Row:
         }
     if isinstance(measure, Spectrum):
         return _spectrum(measure, values) if measure.parameters is None else {}
-    return _lines(measure.kind, values)
+    if isinstance(measure, LossLine | Interpolation):
+        return _lines(measure, values)
+    return {}
 
 
 def _attack_column(spec: RunSpec, measure: AttackAccuracy) -> str | None:
@@ -101,8 +112,7 @@ def _attack_column(spec: RunSpec, measure: AttackAccuracy) -> str | None:
 
 
 def _spectrum(measure: Spectrum, values: dict[str, Any]) -> Row:
-    samples, draw = getattr(measure, "samples", None), getattr(measure, "draw", None)
-    data = f"B{samples}_{draw}" if samples else measure.split
+    data = f"B{measure.samples}_{measure.draw}" if measure.samples else measure.split
     if not values:
         missing = {f"lambda{i}_{data}": math.nan for i in range(1, measure.k + 1)}
         return missing | {f"lowest_{data}": math.nan, f"error_{data}": math.nan}
@@ -112,10 +122,11 @@ def _spectrum(measure: Spectrum, values: dict[str, Any]) -> Row:
     return row | {f"lowest_{data}": lowest, f"error_{data}": abs(lowest) * residual}
 
 
-def _lines(kind: str, values: dict[str, Any]) -> Row:
+def _lines(measure: LossLine | Interpolation, values: dict[str, Any]) -> Row:
     """Return curvatures along a line: in its middle, or at both ends of the way to a robust network."""
-    ends = {"loss_line": {"curvature": 0.0}, "interpolation": {"start": 0.0, "end": 1.0}}.get(kind, {})
-    sets = ("train", "test", "batch") if kind == "loss_line" else ("train", "test")
+    middle = isinstance(measure, LossLine)
+    ends = {"curvature": 0.0} if middle else {"start": 0.0, "end": 1.0}
+    sets = (*SPLITS, "batch") if middle else SPLITS
     if not values:
         return {f"{name}_{of}": math.nan for name in ends for of in sets}
     places = np.asarray(values["positions"])
