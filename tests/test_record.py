@@ -200,17 +200,6 @@ def test_provenance_is_one_line_that_says_all(smoke: Store) -> None:
     assert provenance.line("x", {}) == "x, seed unknown, commit unknown, machine unknown, date unknown, time unknown"
 
 
-def test_pages_can_link_to_each_file_of_the_committed_record() -> None:
-    root, profile = record.project_root(Path(record.__file__)), load_profile("paper")
-    assert root is not None
-    outcomes = record.recorded("table7", "paper", root / "book" / "record")
-    assert outcomes
-    for outcome in outcomes:
-        spec = outcome.task.spec
-        assert (root / record.path_of(spec)).exists()
-        assert all((root / record.path_of(spec, measure, profile.name)).exists() for measure in outcome.measurements)
-
-
 def test_recorded_measure_that_is_missing_is_none(folder: Path) -> None:
     task = grid.artefact("layers").tasks(load_profile("smoke"))[0]
     read: Measurement | None = record.Record(folder / "smoke").measurement(task.spec, InputCurvature(split="test"))

@@ -17,14 +17,14 @@ from hessnb import models, training
 from hessnb.curvature import EigenResult, HessianOperator, Progress, lanczos
 from hessnb.data import Splits
 from hessnb.errors import InputError, RunFailed
-from hessnb.experiments import grid, measure, networks, record, run, status
+from hessnb.experiments import grid, measure, networks, run, status
 from hessnb.experiments.estimate import Estimates
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.spec import DataSpec, ModelSpec, PowerIteration, RunSpec, Spectrum
 from hessnb.experiments.store import Store
 from hessnb.paper import large_batch
 from hessnb.paper.published import published as published_table
-from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, provenance, stopping
+from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, stopping
 from hessnb.training import Recipe
 
 
@@ -237,12 +237,6 @@ def test_table_shows_ours_beside_the_papers_and_says_what_is_missing(smoke: Stor
     markdown, page = table._repr_markdown_(), table._repr_html_()
     assert ":name: tab-x" in markdown
     assert "<caption>a caption</caption>" in page
-    assert provenance(outcomes, name="tab-p", caption="").rows[0][1] == outcomes[0].task.spec.key
-
-
-def test_recorded_table_has_a_row_for_each_batch_size_of_the_paper() -> None:
-    table = large_batch.curvature("table7", record.recorded_rows("table7"), name="tab-x", caption="a caption")
-    assert [row[0] for row in table.rows] == ["64", "128", "256", "512", "1024", "2048"]
 
 
 def test_spread_is_the_sample_standard_deviation() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from hessnb.errors import InputError
 from hessnb.experiments.files import write_whole
-from hessnb.experiments.grid import ARTEFACTS, artefact, plan
+from hessnb.experiments.grid import ARTEFACTS, plan
 from hessnb.experiments.profile import Profile, load_profile, profile_names
 from hessnb.experiments.run import Outcome, held
 from hessnb.experiments.spec import Measure, RunSpec
@@ -119,19 +119,6 @@ def recorded(name: str, profile: str = "paper", folder: Path | None = None) -> l
     folder = folder or record_root()
     loaded = load_profile(profile)
     return held(Record(folder / loaded.name), [name], loaded) if folder else []
-
-
-def recorded_rows(name: str, profile: str = "paper") -> list[Outcome]:
-    """Return what the record holds of an artefact under a profile, and an empty outcome for each run that it lacks."""
-    found = {outcome.task.spec: outcome for outcome in recorded(name, profile)}
-    planned = [Outcome(task, None, {}) for task in artefact(name).tasks(load_profile(profile), 1)]
-    return [*found.values(), *(outcome for outcome in planned if outcome.task.spec not in found)]
-
-
-def path_of(spec: RunSpec, measure: Measure | None = None, profile: str = "paper") -> str:
-    """Return where the record holds a run, or a measure of it: the path from the repository's root, for links."""
-    name = f"{measure.slug}.json" if measure else "run.json"
-    return f"book/record/{load_profile(profile).name}/{spec.slug}/{name}"
 
 
 # -- formatting ----------------------------------------------------------------------------------------------------
