@@ -107,7 +107,7 @@ def _probabilities(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _verdict(probabilities: Tensor, labels: Sequence[str]) -> str:
-    return f"{labels[int(probabilities.argmax())]} ({_percent(float(probabilities.max()))} %)"
+    return f"{labels[int(probabilities.argmax())]} ({_percent(float(probabilities.max()))}\N{NO-BREAK SPACE}%)"
 
 
 def _percent(p: float) -> str:

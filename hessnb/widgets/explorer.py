@@ -154,7 +154,7 @@ def _control(name: str, choice: Choice) -> str:
         return (
             f'<div>{label}<input type="range" id="{name}" min="0" max="{len(choice.ready) - 1}" step="1" '
             f'value="{start}" aria-valuetext="{choice.options[choice.start]}" autocomplete="off">'
-            f'<output for="{name}">{choice.options[choice.start]}</output></div>'
+            f'<span class="hessnb-value" aria-hidden="true">{choice.options[choice.start]}</span></div>'
         )
     options = "".join(
         f'<option value="{n}"{" selected" if n == start else ""}>{choice.options[i]}</option>'

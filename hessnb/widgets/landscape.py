@@ -18,7 +18,7 @@ from hessnb.widgets import pixels
 from hessnb.widgets.explorer import Choice, Explorer
 
 _BATCH = 500
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 390, 10, 190  # of the plot, in a box of 400 by 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 390, 10, 190  # of the plot, in a box of 400 by 230
 _LOWEST = 1e-6  # a loss below is drawn there
 _SETS = {"train": "training set", "test": "test set"}
 _TICK = '<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{text}</text>'
@@ -96,7 +96,8 @@ def landscape_explorer(
         return {
             "said": f"{html.escape(by)} {html.escape(network)}, {html.escape(name)}, t = {shown[chosen[2]]}: "
             + "; ".join(
-                f"{_SETS[key]}: loss {loss:.3g}, {100 * right:.1f} % right" for key, (loss, right) in values.items()
+                f"{_SETS[key]}: loss {loss:.3g}, {100 * right:.1f}\N{NO-BREAK SPACE}% right"
+                for key, (loss, right) in values.items()
             ),
             "t": shown[chosen[2]],
             "x": f"{scale.x(t):.1f}",
@@ -116,7 +117,8 @@ def landscape_explorer(
         Choice("direction", tuple(map(html.escape, names))),
         Choice("t", tuple(shown), tuple(range(0, len(fine), finer)), finer * int(at.abs().argmin()), slider=True),
     ]
-    template = scale.template() + _table({key: len(part) for key, part in parts.items()})
+    rows = _table({key: len(part) for key, part in parts.items()})
+    template = scale.template() + rows + _pictures(examples, splits.classes)
     return Explorer("Landscape explorer", choices, template, fields)
 
 
@@ -193,7 +195,7 @@ def _pictures(examples: Split, classes: Sequence[str]) -> str:
         f"<figcaption>{{answer{i}}}</figcaption></figure>"
         for i, (image, label) in enumerate(zip(examples.images, examples.labels.tolist(), strict=True))
     )
-    return f'<div class="hessnb-row hessnb-many">{figures}</div>'
+    return f'<div class="hessnb-row many">{figures}</div>'
 
 
 def _tidy(t: float) -> str:

@@ -1,4 +1,4 @@
-"""The explorers on a built page, opened from the disk with the network off: moved by mouse and keyboard, both change."""
+"""The explorers on a built page, opened from the disk, the network off: moved by mouse and keyboard, both change."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def visit(browser: Browser, page_on_disk: Path, request: pytest.FixtureRequest) 
 
 
 def said(explorer: Locator) -> str:
-    return explorer.get_by_role("status").inner_text()
+    return explorer.get_by_role("status").inner_text().replace("\N{NO-BREAK SPACE}", " ")
 
 
 def drawing(explorer: Locator) -> str:
@@ -131,7 +131,7 @@ def test_landscape_explorer_moves(visit: Visit) -> None:
 
     slider.focus()
     visit.page.keyboard.press("ArrowRight")
-    assert slider.get_attribute("aria-valuetext") == "0.25" == explorer.locator("output").inner_text()
+    assert slider.get_attribute("aria-valuetext") == "0.25" == explorer.locator(".hessnb-value").inner_text()
     assert "t = 0.25:" in said(explorer)
     assert float(mark.get_attribute("cx") or 0) > float(at_start[1] or 0)
     assert mark.get_attribute("cy") != at_start[2]
@@ -152,7 +152,7 @@ def test_landscape_explorer_moves(visit: Visit) -> None:
 def test_landscape_explorer_changes_network_and_direction(visit: Visit) -> None:
     explorer = visit.explorer("Landscape explorer")
     curves = {explorer.locator("svg path[stroke='var(--first)']").first.get_attribute("d")}
-    explorer.get_by_label("direction").select_option("random, filter-normalised")
+    explorer.get_by_label("direction", exact=True).select_option("random, filter-normalised")
     assert "random, filter-normalised" in said(explorer)
     curves.add(explorer.locator("svg path[stroke='var(--first)']").first.get_attribute("d"))
     explorer.get_by_label("batch size").select_option("100")
@@ -239,7 +239,7 @@ CONTRASTS = """() => {
     }
     return "rgb(255, 255, 255)";
   };
-  const kinds = "label, select, output, p, th, td, figcaption, svg text, circle, rect, i";
+  const kinds = "label, select, .hessnb-value, p, th, td, figcaption, svg text, circle, rect, i";
   return [...document.querySelectorAll(".hessnb-explorer")].flatMap((root) => [...root.querySelectorAll(kinds)])
     .filter((e) => e.tagName !== "I" || e.getBoundingClientRect().width > 1)
     .map((e) => {
