@@ -175,7 +175,7 @@ def test_colour_pictures_keep_their_colours() -> None:
 
 
 def test_given_attacks_are_used_with_their_settings(models: dict[str, nn.Module], digits: Splits) -> None:
-    steps = {"one": partial(ATTACKS["FGSM-10"], steps=1), "plain": fgsm}
+    steps: dict[str, Callable[..., Tensor]] = {"one": partial(ATTACKS["FGSM-10"], steps=1), "plain": fgsm}
     explorer = attack_explorer(models["16"], digits.test.head(1), digits.classes, attacks=steps, eps=(0.1,), finer=1)
     one, plain = (explorer.state((0, n, 1)) for n in range(2))
     assert {name: text for name, text in one.items() if name != "said"} == {

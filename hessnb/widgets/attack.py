@@ -17,9 +17,9 @@ from hessnb.widgets import pixels
 from hessnb.widgets.explorer import Choice, Explorer
 
 _PICTURES = """<div class="hessnb-row">
-<figure><img src="{clean}" alt="The picture before: {truth}"><figcaption>before</figcaption></figure>
-<figure><img src="{change}" alt="The change: red is brighter, blue darker"><figcaption>change, up to {most}</figcaption>
-</figure><figure><img src="{after}" alt="The picture after, taken for {taken}"><figcaption>after</figcaption></figure>
+<div><img src="{clean}" alt="The picture before: {truth}"><small>before</small></div>
+<div><img src="{change}" alt="The change: red is brighter, blue darker"><small>change, up to {most}</small>
+</div><div><img src="{after}" alt="The picture after, taken for {taken}"><small>after</small></div>
 </div>"""
 _ROW = """<tr><th scope="row">{name}</th><td><span class="hessnb-bar"><i style="width:calc({{b{i}}} * .6%)"></i>
 <span>{{b{i}}} %</span></span></td><td><span class="hessnb-bar after"><i style="width:calc({{a{i}}} * .6%)"></i>

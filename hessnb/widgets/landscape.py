@@ -190,12 +190,12 @@ def _table(sizes: Mapping[str, int]) -> str:
 
 
 def _pictures(examples: Split, classes: Sequence[str]) -> str:
-    figures = "".join(
-        f'<figure><img src="{pixels.picture(image)}" alt="Test picture of class {html.escape(classes[label])}">'
-        f"<figcaption>{{answer{i}}}</figcaption></figure>"
+    tiles = "".join(
+        f'<div><img src="{pixels.picture(image)}" alt="Test picture of class {html.escape(classes[label])}">'
+        f"<small>{{answer{i}}}</small></div>"
         for i, (image, label) in enumerate(zip(examples.images, examples.labels.tolist(), strict=True))
     )
-    return f'<div class="hessnb-row many">{figures}</div>'
+    return f'<div class="hessnb-row many">{tiles}</div>'
 
 
 def _tidy(t: float) -> str:

@@ -144,7 +144,7 @@ def test_landscape_explorer_moves(visit: Visit) -> None:
     assert told is not None
     cells = explorer.locator("tbody tr").nth(1).locator("td")
     assert [cells.nth(0).inner_text(), cells.nth(1).inner_text()] == [told[1], f"{told[2]} %"]
-    answers = explorer.locator("figcaption").all_inner_texts()
+    answers = explorer.locator(".hessnb-row small").all_inner_texts()
     assert len(answers) == 6
     assert all(re.fullmatch(r"[✓✗] \d \(\d+ %\)", answer) for answer in answers)
 
@@ -239,7 +239,7 @@ CONTRASTS = """() => {
     }
     return "rgb(255, 255, 255)";
   };
-  const kinds = "label, select, .hessnb-value, p, th, td, figcaption, svg text, circle, rect, i";
+  const kinds = "label, select, .hessnb-value, p, th, td, small, svg text, circle, rect, i";
   return [...document.querySelectorAll(".hessnb-explorer")].flatMap((root) => [...root.querySelectorAll(kinds)])
     .filter((e) => e.tagName !== "I" || e.getBoundingClientRect().width > 1)
     .map((e) => {
