@@ -94,7 +94,7 @@ class Explorer:
         import ipywidgets
 
         picture = ipywidgets.HTML()
-        wide = {"style": {"description_width": "initial"}, "layout": {"width": "auto", "min_width": "15em"}}
+        wide = {"style": {"description_width": "initial"}, "layout": {"width": "auto", "flex": "1 1 15em"}}
         controls = [
             (ipywidgets.SelectionSlider if choice.slider else ipywidgets.Dropdown)(
                 description=choice.label,
@@ -113,7 +113,12 @@ class Explorer:
         for control in controls:
             control.observe(show, "value")
         show()
-        return ipywidgets.VBox([ipywidgets.HBox(controls, layout={"flex_flow": "row wrap"}), picture])
+        return ipywidgets.VBox(
+            [
+                ipywidgets.HBox(controls, layout={"flex_flow": "row wrap", "grid_gap": "0 1.5em", "max_width": "45em"}),
+                picture,
+            ]
+        )
 
     # -- on a page -----------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ def landscape_explorer(
     *,
     positions: Sequence[float] | Tensor | None = None,
     finer: int = 5,
-    n_samples: int = 300,
+    n_samples: int = 200,
     n_pictures: int = 6,
     by: str = "batch size",
 ) -> Explorer:
