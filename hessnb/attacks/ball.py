@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +38,7 @@ class Ball:
             offset = offset.clamp(-radius, radius)
         else:
             norm = torch.linalg.vector_norm(offset, dim=1, keepdim=True)
-            offset = torch.where(norm > radius, offset * (radius / norm), offset)
+            offset = offset * torch.where(norm > radius, radius / norm, 1.0)
         x = self.centre + offset.view_as(x)
         return x if self.bounds is None else x.clamp(*self.bounds)
 
@@ -57,7 +58,7 @@ def unit_ball(n: int, d: int, norm: Norm, generator: torch.Generator) -> Tensor:
 
 def normalised(v: Tensor) -> Tensor:
     """Return vectors (n, d) of length one in the same directions, however short they are; zero stays zero."""
-    largest = v.abs().amax(1, keepdim=True)
+    largest = torch.linalg.vector_norm(v, ord=math.inf, dim=1, keepdim=True)
     v = torch.where(largest > 0, v / largest, 0.0)
     length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     return torch.where(length > 0, v / length, 0.0)
