@@ -28,19 +28,19 @@ class Ball:
     def step(self, x: Tensor, along: Tensor, length: Tensor) -> Tensor:
         """Return where steps of ``length`` (n,) from x (n, ...) along directions (n, d) of any length end."""
         unit = along.sign() if self.norm == "linf" else normalised(along)
-        return self.project(x + (length[:, None] * unit).view_as(x))
+        return self.project(torch.addcmul(x.flatten(1), length[:, None], unit).view_as(x))
 
     def project(self, x: Tensor) -> Tensor:
         """Return the nearest points of the ball, clipped."""
         offset = (x - self.centre).flatten(1)
         radius = self.radius[:, None]
         if self.norm == "linf":
-            offset = offset.clamp(-radius, radius)
+            offset.clamp_(-radius, radius)
         else:
             norm = torch.linalg.vector_norm(offset, dim=1, keepdim=True)
-            offset = offset * torch.where(norm > radius, radius / norm, 1.0)
-        x = self.centre + offset.view_as(x)
-        return x if self.bounds is None else x.clamp(*self.bounds)
+            offset *= torch.where(norm > radius, radius / norm, 1.0)
+        x = offset.view_as(x).add_(self.centre)
+        return x if self.bounds is None else x.clamp_(*self.bounds)
 
     def inside(self, noise: Tensor) -> Tensor:
         """Return the points of the ball that belong to points (n, d) of the unit ball, clipped."""

@@ -177,10 +177,10 @@ def _walk(
         x = ball.step(x, along, length)
     x_adv = x.to(given.dtype)
     x_adv = x_adv if ball.bounds is None else x_adv.clamp(*ball.bounds)  # again, in this dtype
-    change = (x_adv.double() - given.double()).flatten(1)
+    change = (x_adv.double() - ball.centre).flatten(1)
     return Perturbation(
         x_adv=x_adv,
-        linf=change.abs().amax(1),
+        linf=torch.linalg.vector_norm(change, ord=math.inf, dim=1),
         l2=torch.linalg.vector_norm(change, dim=1),
         zero_gradients=zero_gradients,
         cosine=some.double() if along is gradient else _cosine(along, gradient),
