@@ -1,4 +1,4 @@
-"""What the paper published, its numbers as tables (accuracies in per cent), and where each of its parts stands in the book."""
+"""What the paper published: its numbers as tables, accuracies in per cent, and where its parts stand in the book."""
 
 from __future__ import annotations
 
