@@ -168,7 +168,8 @@ def _gate(notebook: nbformat.NotebookNode, name: str) -> None:
 def _fingerprint(root: Path, source: Path, parameters: Parameters) -> str:
     """Return a digest of all that a chapter's outputs depend on."""
     package = Path(hessnb.__file__).parent
-    files = [source, *_files(package, ("*.py", "*.toml", "*.csv")), *_files(root / "book" / "record", ("*.json",))]
+    in_package = _files(package, ("*.py", "*.toml", "*.csv", "*.js", "*.css"))
+    files = [source, *in_package, *_files(root / "book" / "record", ("*.json",))]
     if parameters.profile.endswith(".toml"):
         files.append(Path(parameters.profile))
     told = asdict(parameters) | {"store": str(store_root(parameters.store).resolve())}
@@ -241,6 +242,7 @@ def _stage(root: Path, executed: list[Path], site: Path) -> None:
     told = []
     for path in executed:
         notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.pop("widgets", None)  # or MyST-NB fetches a widget manager; the pages' own HTML is shown
         for cell in notebook.cells:
             if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
                 cell.metadata["tags"] = [*cell.metadata["tags"], "remove-cell"]
