@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.interpolate import RectBivariateSpline
 
 from hessnb.experiments.run import Outcome
 from hessnb.figures import COLOURS, style
@@ -31,7 +33,9 @@ def loss_lines(outcomes: Sequence[Outcome]) -> Figure:
     """
     shown = first_of_each(outcomes)
     with style():
-        figure, axes = _grid(len(shown), shared=any(map(line, shown)))
+        if not any(map(line, shown)):
+            return _nothing(shown)
+        figure, axes = _grid(len(shown), shared=True)
         for axis, outcome in zip(axes, shown, strict=False):
             axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", fontsize=11)
             values = line(outcome)
@@ -75,7 +79,9 @@ def loss_planes(outcomes: Sequence[Outcome]) -> Figure:
     """
     shown = first_of_each(outcomes)
     with style():
-        figure, axes = _grid(len(shown), shared=any(map(plane, shown)), height=3.0)
+        if not any(map(plane, shown)):
+            return _nothing(shown)
+        figure, axes = _grid(len(shown), shared=True, height=2.8)
         for axis, outcome in zip(axes, shown, strict=False):
             axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", fontsize=11)
             values = plane(outcome)
@@ -118,12 +124,25 @@ def _grid(n: int, *, shared: bool = False, height: float = 2.1) -> tuple[Figure,
     panels = list(axes.flat)
     for axis in panels[n:]:
         axis.axis("off")
+    for axis in panels[max(0, n - 2) : n]:
+        axis.tick_params(labelbottom=True)  # also above an empty place
     return figure, panels
 
 
 def _absent(axis: Axes) -> None:
     axis.text(0.5, 0.5, NOT_MEASURED, transform=axis.transAxes, ha="center", va="center", fontsize=11)
+    axis.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
     axis.grid(visible=False)
+
+
+def _nothing(outcomes: Sequence[Outcome]) -> Figure:
+    """Return a strip that says of all batch sizes at once that nothing has been measured."""
+    figure, axis = plt.subplots(figsize=(6.0, 0.9), layout="constrained")
+    plt.close(figure)
+    sizes = ", ".join(str(outcome.task.spec.recipe.batch_size) for outcome in outcomes)
+    axis.text(0.5, 0.5, f"B = {sizes}:\n{NOT_MEASURED}", ha="center", va="center", fontsize=11)
+    axis.axis("off")
+    return figure
 
 
 def _name_axes(figure: Figure, x: str, y: str) -> None:
@@ -137,14 +156,25 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
 
 
 def _contours(axis: Axes, positions: Sequence[float], losses: Sequence[Sequence[float]], name: str) -> None:
-    """Draw the lines of equal loss of one set; ``losses[i][j]`` is at the i-th place of the first axis."""
-    finite = [loss for row in losses for loss in row if math.isfinite(loss) and loss > 0]
-    low, high = math.floor(2 * math.log10(min(finite))), math.ceil(2 * math.log10(max(finite)))
-    levels = [10 ** (half / 2) for half in range(low, high + 1)]
-    across = list(zip(*losses, strict=True))  # rows of a contour plot run along y
+    """Draw the lines of equal loss of one set; ``losses[i][j]`` is at the i-th place of the first axis.
+
+    Between the places the logarithm of the loss is interpolated by cubic splines.
+    """
+    heights = np.log10(np.array(losses))
+    places = np.array(positions)
+    if np.isfinite(heights).all():
+        degree, fine = min(3, len(places) - 1), np.linspace(places[0], places[-1], 12 * (len(places) - 1) + 1)
+        heights, places = RectBivariateSpline(places, places, heights, kx=degree, ky=degree)(fine, fine), fine
+    finite = heights[np.isfinite(heights)]
+    levels = [half / 2 for half in range(math.floor(2 * finite.min()), math.ceil(2 * finite.max()) + 1)]
     drawn = axis.contour(
-        positions, positions, across, levels=levels, colors=[_LINES[name]["color"]],
+        places, places, heights.T, levels=levels, colors=[_LINES[name]["color"]],
         linestyles=_LINES[name]["linestyle"], linewidths=1.3,
     )  # fmt: skip
-    decades = [level for half, level in enumerate(levels, low) if half % 2 == 0]
-    axis.clabel(drawn, levels=decades, fmt="%g", fontsize=8)
+    wide = 0.3 * (places[-1] - places[0])  # there is no room for a number in a smaller ring
+    named = [
+        level
+        for level, rings in zip(levels, drawn.allsegs, strict=True)
+        if level == round(level) and any(len(ring) and np.ptp(ring, axis=0).max() > wide for ring in rings)
+    ]
+    axis.clabel(drawn, levels=named, fmt=lambda level: f"{10.0**level:g}", fontsize=9)

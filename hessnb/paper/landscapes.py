@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hessnb.curvature import HessianOperator, trace
 from hessnb.data import Split
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import LossLine, LossPlane
-from hessnb.landscape import random_direction
+from hessnb.landscape import along, random_direction
 from hessnb.paper.tables import Table, mean_and_spread
 from hessnb.training import EVALUATION_BATCH
 
@@ -97,6 +98,31 @@ def curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table
     return Table(name, caption, ("Batch", "λ₁, certified", *titles, "test / training"), tuple(rows))
 
 
+# Steps of a second difference, down to where float64 still has digits to spare.
+STEPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+
+
+def second_differences(
+    networks: Sequence[tuple[Outcome, nn.Module, Tensor]], split: Split, *, name: str, caption: str
+) -> Table:
+    """Return (L(h) - 2 L(0) + L(-h)) / h^2 for ever smaller steps h, in parts of the dominant eigenvalue.
+
+    ``networks``: outcomes that hold the eigenvalue, their networks, and the eigenvectors (n,). All is done in float64.
+    """
+    batches = [(x.double(), y) for x, y in split.batches(EVALUATION_BATCH)]
+    places = sorted({sign * step for step in STEPS for sign in (-1, 0, 1)})
+    rows = []
+    for outcome, model, vector in networks:
+        direction = vector.double() / torch.linalg.vector_norm(vector.double())
+        found = along(deepcopy(model).double(), F.cross_entropy, {"train": batches}, direction, places)
+        loss = dict(zip(places, found.losses["train"].tolist(), strict=True))
+        differences = [(loss[step] - 2 * loss[0] + loss[-step]) / step**2 for step in STEPS]
+        largest = outcome.eigenvalues("train")[0]
+        cells = [f"{difference / largest:.5f}" for difference in differences]
+        rows.append((str(outcome.task.spec.recipe.batch_size), f"{largest:.4g}", *cells))
+    return Table(name, caption, ("Batch", "λ₁, certified", *(f"h = {step:g}" for step in STEPS)), tuple(rows))
+
+
 def sample_losses(model: nn.Module, split: Split) -> Tensor:
     """Return the cross-entropy (N,) of each sample of a split, float64; the network must be in eval mode."""
     with torch.no_grad():
@@ -155,7 +181,7 @@ def directional(
         n, found = operator.shape[0], trace(operator, n_matvecs=n_matvecs)
         chance = random_direction(model, torch.Generator().manual_seed(0), filter_normalised=True)
         chance = chance / torch.linalg.vector_norm(chance)
-        along = float(chance @ operator.matvec(chance))
+        curved = float(chance @ operator.matvec(chance))
         rows.append(
             (
                 label,
@@ -164,7 +190,7 @@ def directional(
                 f"{found.value:.3g} ± {found.error:.1g}",
                 f"{found.value / n:.1e}",
                 f"1 / {largest * n / found.value:,.0f}",
-                f"{along:.1e}",
+                f"{curved:.1e}",
             )
         )
     header = ("Batch", "weights n", "λ₁", "trace", "trace / n", "in parts of λ₁", "filter-normalised")
