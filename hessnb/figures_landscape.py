@@ -81,7 +81,7 @@ def loss_planes(outcomes: Sequence[Outcome]) -> Figure:
     with style():
         if not any(map(plane, shown)):
             return _nothing(shown)
-        figure, axes = _grid(len(shown), shared=True, height=2.8)
+        figure, axes = _grid(len(shown), shared=True, height=3.0)
         for axis, outcome in zip(axes, shown, strict=False):
             axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", fontsize=11)
             values = plane(outcome)
