@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from scipy.interpolate import RectBivariateSpline
 
 from hessnb.experiments.run import Outcome
@@ -22,8 +23,11 @@ from hessnb.paper.tables import NOT_MEASURED
 _LINES = {
     "train": {"color": COLOURS[0], "linestyle": "-", "label": "training set"},
     "test": {"color": COLOURS[5], "linestyle": "--", "label": "test set"},
-    "batch": {"color": COLOURS[2], "linestyle": ":", "label": "batch of the training set"},
+    "batch": {"color": COLOURS[2], "linestyle": ":", "label": "training batch"},
 }
+
+# In inches; the text of a figure that is shrunk to a phone stays readable.
+_WIDTH = 5.2
 
 
 def loss_lines(outcomes: Sequence[Outcome]) -> Figure:
@@ -35,7 +39,7 @@ def loss_lines(outcomes: Sequence[Outcome]) -> Figure:
     with style():
         if not any(map(line, shown)):
             return _nothing(shown)
-        figure, axes = _grid(len(shown), shared=True)
+        figure, axes = _grid(len(shown), shared=True, height=1.9)
         for axis, outcome in zip(axes, shown, strict=False):
             axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", fontsize=11)
             values = line(outcome)
@@ -81,7 +85,7 @@ def loss_planes(outcomes: Sequence[Outcome]) -> Figure:
     with style():
         if not any(map(plane, shown)):
             return _nothing(shown)
-        figure, axes = _grid(len(shown), shared=True, height=3.0)
+        figure, axes = _grid(len(shown), shared=True, height=2.5)
         for axis, outcome in zip(axes, shown, strict=False):
             axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", fontsize=11)
             values = plane(outcome)
@@ -118,7 +122,13 @@ def _grid(n: int, *, shared: bool = False, height: float = 2.1) -> tuple[Figure,
     """Return a figure of at least ``n`` panels, two a row, so that they are wide enough on a phone."""
     rows = max(1, -(-n // 2))
     figure, axes = plt.subplots(
-        rows, 2, figsize=(6.0, height * rows + 0.7), layout="constrained", squeeze=False, sharex=shared, sharey=shared
+        rows,
+        2,
+        figsize=(_WIDTH, height * rows + 0.7),
+        layout="constrained",
+        squeeze=False,
+        sharex=shared,
+        sharey=shared,
     )
     plt.close(figure)  # it is shown as the value of its cell, once
     panels = list(axes.flat)
@@ -126,6 +136,9 @@ def _grid(n: int, *, shared: bool = False, height: float = 2.1) -> tuple[Figure,
         axis.axis("off")
     for axis in panels[max(0, n - 2) : n]:
         axis.tick_params(labelbottom=True)  # also above an empty place
+    for axis in panels:
+        axis.tick_params(labelsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     return figure, panels
 
 
@@ -137,7 +150,7 @@ def _absent(axis: Axes) -> None:
 
 def _nothing(outcomes: Sequence[Outcome]) -> Figure:
     """Return a strip that says of all batch sizes at once that nothing has been measured."""
-    figure, axis = plt.subplots(figsize=(6.0, 0.9), layout="constrained")
+    figure, axis = plt.subplots(figsize=(_WIDTH, 0.9), layout="constrained")
     plt.close(figure)
     sizes = ", ".join(str(outcome.task.spec.recipe.batch_size) for outcome in outcomes)
     axis.text(0.5, 0.5, f"B = {sizes}:\n{NOT_MEASURED}", ha="center", va="center", fontsize=11)
@@ -152,7 +165,9 @@ def _name_axes(figure: Figure, x: str, y: str) -> None:
 
 def _legend(figure: Figure, names: Sequence[str]) -> None:
     handles = [Line2D([], [], **_LINES[name]) for name in names]  # type: ignore[arg-type]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=10, handlelength=2.4)
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=len(handles), fontsize=10, handlelength=2, columnspacing=1
+    )
 
 
 def _contours(axis: Axes, positions: Sequence[float], losses: Sequence[Sequence[float]], name: str) -> None:

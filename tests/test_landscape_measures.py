@@ -90,7 +90,7 @@ def test_plane_holds_the_line(store: Store) -> None:
 
 def test_interpolation_passes_through_both_networks(store: Store) -> None:
     task = first("fig10")
-    _, line, _ = task.measures
+    (line,) = task.measures
     assert isinstance(line, Interpolation)
     found = values(store, task.spec, line)
     positions, losses = found["positions"], found["losses"]

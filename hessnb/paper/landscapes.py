@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hessnb.curvature import HessianOperator, trace
 from hessnb.data import Split
+from hessnb.experiments.measure import HESSIAN_BATCH
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import LossLine, LossPlane
 from hessnb.landscape import along, random_direction
@@ -151,7 +152,7 @@ def batch_noise(networks: Sequence[tuple[Outcome, Tensor]], *, name: str, captio
                 str(own),
                 f"{train:.3g}",
                 f"{batch:.3g}",
-                f"{batch / train - 1:+.0%}",
+                f"{batch / train - 1:+.0%}".replace("-", "−"),
                 *(f"± {deviation_of_mean(losses, size) / train:.0%}" for size in (drawn, own)),
                 f"{float(few.sum() / losses.sum()):.0%}",
             )
@@ -167,17 +168,22 @@ def deviation_of_mean(losses: Tensor, size: int) -> float:
 
 
 def directional(
-    networks: Mapping[str, nn.Module], split: Split, eigenvalues: Sequence[float], *,
-    n_matvecs: int = 30, batch: int = 250, name: str, caption: str,
-) -> Table:  # fmt: skip
+    networks: Mapping[str, nn.Module],
+    split: Split,
+    eigenvalues: Sequence[float],
+    *,
+    n_matvecs: int = 30,
+    name: str,
+    caption: str,
+) -> Table:
     """Return the curvature of the loss over ``split`` along random directions beside the dominant eigenvalues.
 
     Averaged over all directions it is trace / n; the trace is estimated from ``n_matvecs`` products, with its standard
     error. The last column is the curvature along one filter-normalised direction (Li et al., 2018), at length one.
     """
-    rows = []
+    rows, batches = [], split.batches(HESSIAN_BATCH[split.labels.device.type])
     for (label, model), largest in zip(networks.items(), eigenvalues, strict=True):
-        operator = HessianOperator(model, F.cross_entropy, split.batches(batch))
+        operator = HessianOperator(model, F.cross_entropy, batches)
         n, found = operator.shape[0], trace(operator, n_matvecs=n_matvecs)
         chance = random_direction(model, torch.Generator().manual_seed(0), filter_normalised=True)
         chance = chance / torch.linalg.vector_norm(chance)
@@ -188,9 +194,9 @@ def directional(
                 f"{n:,}",
                 f"{largest:.3g}",
                 f"{found.value:.3g} ± {found.error:.1g}",
-                f"{found.value / n:.1e}",
+                f"{found.value / n:.1e}".replace("-", "−"),
                 f"1 / {largest * n / found.value:,.0f}",
-                f"{curved:.1e}",
+                f"{curved:.1e}".replace("-", "−"),
             )
         )
     header = ("Batch", "weights n", "λ₁", "trace", "trace / n", "in parts of λ₁", "filter-normalised")
