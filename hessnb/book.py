@@ -30,9 +30,10 @@ from filelock import FileLock, Timeout
 import hessnb
 from hessnb import notebooks, pages
 from hessnb.errors import InputError, RunFailed
+from hessnb.experiments.files import write_whole
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.provenance import device_name
-from hessnb.experiments.store import store_root, write_whole
+from hessnb.experiments.store import store_root
 
 Say = Callable[[str], None]
 

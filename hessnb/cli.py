@@ -16,10 +16,11 @@ from rich.table import Table
 import hessnb
 from hessnb import data
 from hessnb.errors import InputError, RunFailed
-from hessnb.experiments import grid, record, status
+from hessnb.experiments import archive, campaign, grid, record, status
+from hessnb.experiments.estimate import Estimates, seconds_of
 from hessnb.experiments.measure import Report
 from hessnb.experiments.profile import load_profile, profile_names
-from hessnb.experiments.run import compute
+from hessnb.experiments.run import held
 from hessnb.experiments.store import Store
 
 console = Console()
@@ -74,6 +75,10 @@ def main() -> None:
         hessnb status                           what is there, what is missing
         hessnb data fetch mnist                 the published data
         hessnb run table7 --profile laptop      the same on all of MNIST, hours
+        hessnb run all --profile paper --time-budget 9m --device cuda
+                                                all of the paper, nine minutes of it at a time
+        hessnb store export DEST                finished runs, to be imported elsewhere
+        hessnb record --check                   whether every published number says where it came from
         hessnb book                             execute the notebooks, build the HTML
 
     Exit codes: 0 done, 1 a training or a notebook failed, 2 bad input, 130 interrupted.
@@ -82,25 +87,53 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("artefacts", nargs=-1, required=True)
+@click.argument("artefacts", nargs=-1)
 @profile_option
 @seeds_option
+@click.option(
+    "--time-budget",
+    help="Stop in time: 90s, 9m, 2h30m, counted from when hessnb has loaded. Default: when all is done.",
+)
 @device_option
 @store_option
-def run(artefacts: tuple[str, ...], profile: str, seeds: int | None, device: str, store: Path | None) -> None:
-    """Compute what ARTEFACTS (table7, fig1) need and the store lacks.
+def run(
+    artefacts: tuple[str, ...],
+    profile: str,
+    seeds: int | None,
+    time_budget: str | None,
+    device: str,
+    store: Path | None,
+) -> None:
+    """Compute what ARTEFACTS (table7, fig1; "all" or none: all) need and the store lacks.
 
-    One seed is finished for all of its batch sizes before the next one starts. Finished epochs and results are kept:
-    interrupt it when you like and give the same command again.
+    One seed is finished for all of its batch sizes before the next one starts, and what costs little before what costs
+    much. Finished epochs and results are kept: interrupt it when you like and give the same command again. With a time
+    budget it ends with what was reached, exit code 0, and says what is left.
     """
-    loaded = load_profile(profile)
-    tasks = grid.plan([grid.artefact(name) for name in artefacts], loaded, seeds)
+    budget = None if time_budget is None else seconds_of(time_budget)
+    named = [grid.artefact(name) for name in artefacts if name != "all"]
+    everything = not named or "all" in artefacts
+    tasks = grid.plan(list(grid.ARTEFACTS.values()) if everything else named, load_profile(profile), seeds)
+    opened = Store(store)
     with _progress() as report:
-        outcomes = compute(Store(store), tasks, device=device, report=report)
-    failed = [o for o in outcomes if o.result is not None and o.result.status == "failed"]
-    console.print(f"{len(outcomes) - len(failed)} of {len(outcomes)} networks trained and measured")
+        refused = campaign.carry_out(opened, tasks, device=device, budget=budget, report=report)
+    estimates = Estimates(opened, data.check_device(device))
+    rest = campaign.rest(opened, tasks, estimates)
+    failed = [task.spec for task in tasks if task.spec in estimates.failed]
+    for line in refused:
+        _say(line)
+    trained = rest.trainings - rest.trainings_left - rest.trainings_lost
+    if rest.left == "nothing":
+        _say(f"{trained} of {rest.trainings} networks trained and measured")
+    else:
+        _say(
+            f"{trained} of {rest.trainings} networks trained, {rest.measures - rest.measures_left} of {rest.measures} "
+            f"measures taken; left: {rest.left}; the same command goes on from here"
+        )
+    if refused and budget is None:
+        raise InputError(f"{len(refused)} measure(s) could not be taken: see above")
     if failed:
-        lines = "; ".join(f"{o.task.spec.label}: {o.result.reason}" for o in failed if o.result)
+        lines = "; ".join(f"{spec.label}: {result.reason}" for spec in failed if (result := opened.result(spec)))
         raise RunFailed(f"{len(failed)} training(s) failed, kept with their history: {lines}")
 
 
@@ -108,13 +141,19 @@ def run(artefacts: tuple[str, ...], profile: str, seeds: int | None, device: str
 @profile_option
 @seeds_option
 @click.option("--all", "all_profiles", is_flag=True, help="All profiles, not only one.")
+@device_option
 @store_option
-def status_command(profile: str, seeds: int | None, all_profiles: bool, store: Path | None) -> None:
-    """Say for each artefact what is there, what is missing, and about how long the rest will take on this machine."""
+def status_command(profile: str, seeds: int | None, all_profiles: bool, device: str, store: Path | None) -> None:
+    """Say for each artefact what is there, what is missing, and about how long the rest will take on this machine.
+
+    The estimates come from what the store holds that was computed on the same processor, and improve as it fills. What
+    several artefacts share is counted in each of them, and once in the last line.
+    """
     table = Table("Artefact", "Profile", "Seeds", "State", "Networks", "Measures", "Left")
     opened = Store(store)
+    estimates = Estimates(opened, data.check_device(device))
     for name in profile_names() if all_profiles else [profile]:
-        for line in status.lines(opened, load_profile(name), seeds):
+        for line in status.lines(opened, load_profile(name), estimates, seeds):
             table.add_row(
                 line.artefact, line.profile, str(line.seeds), line.state,
                 f"{line.runs_done}/{line.runs}", f"{line.measures_done}/{line.measures}", line.left,
@@ -127,15 +166,31 @@ def status_command(profile: str, seeds: int | None, all_profiles: bool, store: P
 @click.option("--profile", default="paper", show_default=True, help="The scale whose results are published.")
 @store_option
 @click.option("--into", type=click.Path(path_type=Path), help="Folder of the record. Default: book/record.")
-def record_command(artefacts: tuple[str, ...], profile: str, store: Path | None, into: Path | None) -> None:
-    """Publish what the store holds of ARTEFACTS (default: all): numbers and their provenance, no weights."""
+@click.option("--check", is_flag=True, help="Publish nothing; say what is wrong with the record, exit code 2 if it is.")
+def record_command(
+    artefacts: tuple[str, ...], profile: str, store: Path | None, into: Path | None, check: bool
+) -> None:
+    """Publish what the store holds of ARTEFACTS (default: all): numbers and their provenance, no weights.
+
+    Some batch sizes of a seed are published, too. What was computed by code that was not committed stays out.
+    """
     folder = into or record.record_root()
     if folder is None:
         raise InputError("there is no book around this folder; name the record's folder with --into")
-    changed = record.publish(Store(store), folder, load_profile(profile), artefacts)
-    for path in changed:
+    if check:
+        faults = record.check(folder)
+        for fault in faults:
+            click.echo(fault, err=True)
+        if faults:
+            raise InputError(f"{len(faults)} fault(s) in {folder}")
+        _say(f"{folder}: every number has its place and its provenance")
+        return
+    published = record.publish(Store(store), folder, load_profile(profile), artefacts)
+    for path in published.changed:
         _say(f"wrote {path}")
-    _say(f"{len(changed)} file(s) changed in {folder}")
+    for line in published.refused:
+        _say(f"left out {line}")
+    _say(f"{len(published.changed)} file(s) changed in {folder}")
 
 
 @main.command("book")
@@ -207,6 +262,43 @@ def store_check(store: Path | None) -> None:
     _say(f"{opened.root}: every file is whole")
 
 
+@store_group.command("export")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("artefacts", nargs=-1)
+@click.option("--profile", default="paper", show_default=True, help="The scale whose results are exported.")
+@click.option("--weights", is_flag=True, help="The trained weights, too: without them nothing more can be measured.")
+@click.option("--max-size", default="15MB", show_default=True, help="No archive is larger: 900kB, 15MB, 1GB.")
+@store_option
+def store_export(
+    folder: Path, artefacts: tuple[str, ...], profile: str, weights: bool, max_size: str, store: Path | None
+) -> None:
+    """Write the finished runs of ARTEFACTS (default: all) into FOLDER, as archives that `store import` reads.
+
+    Numbers and curves with their provenance, in as many files as their size needs; the same results in the same bytes.
+    """
+    loaded, opened, limit = load_profile(profile), Store(store), _bytes(max_size)
+    outcomes = held(opened, artefacts or list(grid.ARTEFACTS), loaded)
+    paths = archive.export(opened, folder, loaded.name, outcomes, weights=weights, max_size=limit)
+    for path in paths:
+        _say(f"wrote {path}")
+    _say(f"{len(outcomes)} network(s) in {len(paths)} file(s)")
+
+
+@store_group.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--replace", is_flag=True, help="Take what is imported where the store has another result.")
+@store_option
+def store_import(files: tuple[Path, ...], replace: bool, store: Path | None) -> None:
+    """Merge FILES of `store export` into the store.
+
+    All are verified first. A finished result is not overwritten: the same one stays, a different one is refused, or
+    with --replace gives way; a network that gives way takes all that was measured on it with it.
+    """
+    opened = Store(store)
+    done = archive.import_(opened, files, replace=replace)
+    _say(f"{len(done.written)} result(s) imported into {opened.root}, {done.there} were there already")
+
+
 @main.group("data")
 def data_group() -> None:
     """See and fetch the data sets."""
@@ -229,6 +321,15 @@ def data_fetch(names: tuple[str, ...], root: Path | None) -> None:
     """Download published sets (mnist, cifar10, cifar100) with torchvision, or convert what it left here."""
     for name in names:
         _say(f"{name}: {data.fetch(name, root)}")
+
+
+def _bytes(text: str) -> int:
+    """Return the bytes that a size like 15MB stands for."""
+    units = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
+    number, unit = text.strip()[:-2], text.strip()[-2:].lower()
+    if unit not in units or not number.strip().isdigit():
+        raise InputError(f"size {text!r} cannot be read: write it like 900kB, 15MB or 1GB")
+    return int(number) * units[unit]
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,7 @@ from hessnb.errors import InputError
 from hessnb.experiments.grid import ARTEFACTS
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.record import recorded
+from hessnb.paper import scoreboard
 from hessnb.paper.tables import NOT_MEASURED
 
 Executed = list[tuple[str, nbformat.NotebookNode]]
@@ -23,6 +24,7 @@ def generated(executed: Executed, record: Path) -> dict[str, str]:
         "chapters.md": chapters_table(executed),
         "state.md": state_table(),
         "speed.md": speed_tables(record / "benchmarks.json"),
+        **scoreboard.generated(record, [stem for stem, _ in executed]),
     }
 
 

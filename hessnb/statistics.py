@@ -1,4 +1,4 @@
-"""Intervals for the few statistics that the book reports: a proportion, and a rank correlation."""
+"""Intervals for the few statistics that the book reports: proportions, their differences, means, rank correlations."""
 
 from __future__ import annotations
 
@@ -30,10 +30,54 @@ def proportion(successes: int, n: int) -> Interval:
     """Return ``successes`` / ``n`` with Wilson's score interval (1927); raise InputError unless 0 <= successes <= n."""
     if not 0 <= successes <= n or n == 0:
         raise InputError(f"{successes} of {n}: a proportion needs 0 <= successes <= n and n at least 1")
-    share, shrink = successes / n, 1 + _Z**2 / n
-    centre = (share + _Z**2 / (2 * n)) / shrink
-    half = _Z / shrink * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n))
-    return Interval(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
+    return _wilson(successes / n, n, _Z)
+
+
+def exact_proportion(successes: int, n: int) -> Interval:
+    """Return ``successes`` / ``n`` with the exact interval of Clopper and Pearson (1934), for counts of a few.
+
+    Its bounds agree with the exact sign test: one half lies outside of it where that test rejects at 5 %. Raises
+    InputError as `proportion` does.
+    """
+    wilson = proportion(successes, n)
+    low, high = scipy.stats.binomtest(successes, n).proportion_ci(method="exact")
+    return Interval(wilson.value, float(low), float(high))
+
+
+def difference(first: float, second: float, n: int, *, comparisons: int = 1) -> Interval:
+    """Return the difference of two proportions, each of ``n`` samples, with the interval of Newcombe (1998, method 10).
+
+    It takes the two for independent. Of two on the *same* samples it is therefore too wide wherever they tend to be
+    right on the same ones. With ``comparisons`` it is widened, so that so many of them hold together (Bonferroni).
+    """
+    z = float(scipy.stats.norm.ppf(1 - 0.025 / comparisons))
+    one, two = (_wilson(share, n, z) for share in (first, second))
+    gap = first - second
+    return Interval(
+        gap,
+        max(-1.0, gap - math.hypot(one.value - one.low, two.high - two.value)),
+        min(1.0, gap + math.hypot(one.high - one.value, two.value - two.low)),
+    )
+
+
+def mean(values: Sequence[float], *, comparisons: int = 1) -> Interval | None:
+    """Return the mean with Student's interval, which takes the values for draws from a normal distribution.
+
+    None for fewer than three values. ``comparisons`` as in `difference`.
+    """
+    n = len(values)
+    if n < 3:
+        return None
+    middle = math.fsum(values) / n
+    deviation = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (n - 1))
+    half = float(scipy.stats.t.ppf(1 - 0.025 / comparisons, n - 1)) * deviation / math.sqrt(n)
+    return Interval(middle, middle - half, middle + half)
+
+
+def geometric_mean(values: Sequence[float]) -> Interval | None:
+    """Return the geometric mean of positive values, with the interval of `mean` for their logarithms."""
+    found = mean([math.log(value) for value in values])
+    return found and Interval(*(math.exp(bound) for bound in (found.value, found.low, found.high)))
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> Interval | None:
@@ -54,3 +98,10 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Interval | None:
     half = _Z * math.sqrt((1 + r * r / 2) / (n - 3))
     low, high = math.tanh(z - half), math.tanh(z + half) if abs(r) < 1 else 1.0
     return Interval(r, low, high) if r >= 0 else Interval(r, -high, -low)
+
+
+def _wilson(share: float, n: int, z: float) -> Interval:
+    shrink = 1 + z**2 / n
+    centre = (share + z**2 / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z**2 / (4 * n * n))
+    return Interval(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))

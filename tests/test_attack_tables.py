@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from hessnb.experiments.spec import AttackAccuracy, AttackSpec
 from hessnb.experiments.store import Measurement, RunResult
 from hessnb.models import build
 from hessnb.paper import attacks
+from hessnb.paper.recorded import Recorded
 from hessnb.paper.tables import NOT_MEASURED
 from hessnb.training import Epoch, Recipe, train
 
@@ -109,6 +111,28 @@ def test_attacks_of_equal_size_have_intervals_and_the_papers_numbers() -> None:
     assert set(column(table.rows, 2)) == {NOT_MEASURED}
     several = attacks.equal_size([live, outcome("section34", "C3", 2)], [], name="tab-x", caption="a caption")
     assert several.rows[1][1] == "2.0 ± 1.4"
+
+
+def test_record_of_the_papers_scale_has_differences_and_says_under_which_profile_it_was_made() -> None:
+    live = outcome("section34", "M1")
+    provenance = {"commit": None, "device": "A processor", "torch": "2.13.0", "date": "2026-11-23T10:00:00"}
+    assert live.result is not None
+    there = {m: replace(found, provenance=provenance) for m, found in live.measurements.items()}
+    own = Recorded(live.task, replace(live.result, provenance=provenance), there, "laptop")
+    table = attacks.equal_size([live], [own], name="tab-x", caption="a caption")
+    assert table.header[2:] == ("record (laptop)", "paper", "difference")
+    assert column(table.rows, 4)[:4] == ["−4.3", "−59.4", "−12.3", "−79.0"]  # 95 - 99.3, then 1 to 3 per cent
+    assert set(column(table.rows, 4)[-3:]) == {"–"}
+    assert [origin.cells[3] for origin in table.origins] == ["unknown"]
+    smaller = attacks.equal_size([live], [replace(own, papers_own=False)], name="tab-x", caption="a caption")
+    assert smaller.header[2:] == ("record (laptop, not the paper's scale)", "paper")
+    found = outcome("table5")
+    assert found.result is not None
+    told = {m: replace(value, provenance=provenance) for m, value in found.measurements.items()}
+    recorded = Recorded(found.task, replace(found.result, provenance=provenance), told, "paper")
+    varied = attacks.variations([recorded], name="tab-y", caption="a caption")
+    assert varied.header[-1] == "difference"
+    assert varied.rows[0][-1] == f"{float(varied.rows[0][1]) - 60.37:+.1f}".replace("-", "−")
 
 
 def test_accuracies_are_of_the_attack_on_the_network_itself() -> None:

@@ -11,6 +11,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from hessnb.cli import main
+from hessnb.experiments import grid, provenance
+from hessnb.experiments.profile import load_profile
 from hessnb.experiments.store import Store
 
 SMOKE = ["--profile", "smoke"]
@@ -22,8 +24,11 @@ def call(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which table7 has been computed by code that says that it is committed."""
     root = tmp_path_factory.mktemp("cli") / "store"
-    done = call("run", "table7", "fig1", *SMOKE, "--store", root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "COMMIT", "0" * 40)
+        done = call("run", "table7", "fig1", *SMOKE, "--store", root)
     assert done.exit_code == 0, done.output
     assert "4 of 4 networks" in done.stdout
     return root
@@ -51,8 +56,39 @@ def test_status_shows_what_is_there(store: Path) -> None:
 def test_record_publishes_and_then_has_nothing_more_to_do(store: Path, tmp_path: Path) -> None:
     first = call("record", *SMOKE, "--store", store, "--into", tmp_path)
     assert first.exit_code == 0, first.output
-    assert "34 file(s) changed" in first.stdout
+    tasks = grid.plan([grid.artefact(name) for name in ("table7", "fig1")], load_profile("smoke"))
+    assert f"{sum(1 + len(task.measures) for task in tasks)} file(s) changed" in first.stdout
     assert "0 file(s) changed" in call("record", *SMOKE, "--store", store, "--into", tmp_path).stdout
+
+
+def test_record_check_says_what_is_wrong(store: Path, tmp_path: Path) -> None:
+    call("record", *SMOKE, "--store", store, "--into", tmp_path)
+    assert call("record", "--check", "--into", tmp_path).exit_code == 0
+    path = next(tmp_path.rglob("FGSM*.json"))
+    path.write_text(path.read_text().replace("0" * 40, "by hand"))
+    shown = call("record", "--check", "--into", tmp_path)
+    assert shown.exit_code == 2
+    assert f"{path}: commit 'by hand'" in shown.stderr
+
+
+def test_time_budget_ends_with_what_is_left_and_the_next_call_goes_on(tmp_path: Path) -> None:
+    command = ["run", "table3", *SMOKE, "--store", tmp_path / "store", "--time-budget"]
+    shown = call(*command, "1s")
+    assert shown.exit_code == 0, shown.output
+    assert "of 6 networks trained, " in shown.stdout
+    assert "the same command goes on from here" in shown.stdout
+    shown = call(*command, "10m")
+    assert shown.exit_code == 0, shown.output
+    assert "6 of 6 networks trained and measured" in shown.stdout
+
+
+def test_run_without_a_name_or_with_all_is_the_whole_grid(tmp_path: Path) -> None:
+    tasks = grid.plan(list(grid.ARTEFACTS.values()), load_profile("smoke"))
+    measures = sum(len(task.measures) for task in tasks)
+    for names in ([], ["all"], ["fig1", "all"]):
+        shown = call("run", *names, *SMOKE, "--store", tmp_path / "store", "--time-budget", "0.01s")
+        assert shown.exit_code == 0, shown.output
+        assert f"0 of {len(tasks)} networks trained, 0 of {measures} measures" in shown.stdout
 
 
 def test_store_check_finds_a_damaged_file(store: Path) -> None:
@@ -80,6 +116,9 @@ BAD: dict[str, tuple[list[object], str]] = {
     "profile": (["run", "table7", "--profile", "huge"], "unknown profile 'huge'"),
     "profile file": (["run", "table7", "--profile", "absent.toml"], "absent.toml cannot be read"),
     "seeds": (["run", "table7", *SMOKE, "--seeds", 0], "seeds = 0"),
+    "time": (["run", "table7", *SMOKE, "--time-budget", "soon"], "time 'soon' cannot be read"),
+    "size": (["store", "export", "never", *SMOKE, "--max-size", "much"], "size 'much' cannot be read"),
+    "export artefact": (["store", "export", "never", "fig99", *SMOKE], "unknown artefact 'fig99'"),
     "chapter": (["book", "42", *SMOKE], "unknown chapter '42'"),
     "data set": (["data", "fetch", "imagenet"], "unknown data set 'imagenet'"),
     "data that comes with the package": (["data", "fetch", "mnist5k"], "needs no download"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,13 +17,14 @@ from hessnb import models, training
 from hessnb.curvature import EigenResult, HessianOperator, Progress, lanczos
 from hessnb.data import Splits
 from hessnb.errors import InputError, RunFailed
-from hessnb.experiments import grid, measure, networks, record, run, status
+from hessnb.experiments import grid, measure, networks, run, status
+from hessnb.experiments.estimate import Estimates
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.spec import DataSpec, ModelSpec, PowerIteration, RunSpec, Spectrum
 from hessnb.experiments.store import Store
 from hessnb.paper import large_batch
 from hessnb.paper.published import published as published_table
-from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, provenance, stopping
+from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, stopping
 from hessnb.training import Recipe
 
 
@@ -175,46 +176,41 @@ def test_missing_data_set_is_an_input_error(tmp_path: Path, monkeypatch: pytest.
         run.train_run(Store(tmp_path / "store"), spec)
 
 
-def test_record_is_deterministic_complete_and_without_orphans(smoke: Store, tmp_path: Path) -> None:
-    profile = load_profile("smoke")
-    written = record.publish(smoke, tmp_path, profile)
-    assert record.publish(smoke, tmp_path, profile) == []
-    found = record.recorded("table7", "smoke", tmp_path)
-    assert found == run.look_up(smoke, tasks())
-    planned = {task.spec.slug for task in tasks()}
-    assert {path.parent.name for path in written} == planned
-    assert not [path for path in tmp_path.rglob("*") if path.suffix not in ("", ".json")]
-
-
-def test_committed_record_resolves_in_the_grid() -> None:
-    """Each recorded number belongs to a run of the grid, and says where it came from."""
-    folder = record.record_root()
-    assert folder is not None
-    for profile_folder in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else []:
-        profile = load_profile(profile_folder.name)
-        known = {
-            f"{task.spec.slug}/{name}"
-            for artefact in grid.ARTEFACTS.values()
-            for task in artefact.tasks(profile, 10)
-            for name in ("run.json", *(f"{measure.slug}.json" for measure in task.measures))
-        }
-        for path in profile_folder.rglob("*.json"):
-            assert f"{path.parent.name}/{path.name}" in known, f"{path} is an orphan"
-            told = json.loads(path.read_text())["provenance"]
-            assert {"commit", "date", "device", "seed", "seconds", "torch"} <= told.keys()
-
-
 def test_status_says_what_is_there_and_estimates_the_rest(smoke: Store) -> None:
-    there = {line.artefact: line for line in status.lines(smoke, load_profile("smoke"))}
+    estimates = Estimates(smoke, torch.device("cpu"))
+
+    def lines(profile: str, seeds: int | None = None) -> dict[str, status.Line]:
+        return {line.artefact: line for line in status.lines(smoke, load_profile(profile), estimates, seeds)}
+
+    there = lines("smoke")
     assert there["table7"].state == "there"
     assert there["table7"].left == "nothing"
-    more = {line.artefact: line for line in status.lines(smoke, load_profile("smoke"), 2)}
+    more = lines("smoke", 2)
     assert more["table7"].state == "partly there"
     assert (more["table7"].runs_done, more["table7"].runs) == (2, 4)
     assert more["table7"].left.startswith("about ")
-    none = {line.artefact: line for line in status.lines(smoke, load_profile("paper"), 1)}
+    together = more.pop(status.TOGETHER)
+    assert together.runs_done == 2
+    assert together.runs < sum(line.runs for line in more.values()), "what is shared counts once"
+    none = lines("paper", 1)
     assert none["fig1"].state == "missing"
     assert "not known" in none["fig1"].left
+
+
+def test_status_reads_each_file_of_the_store_once(smoke: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[Path] = Counter()
+    content = Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        read[path] += 1
+        return content(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    estimates = Estimates(smoke, torch.device("cpu"))
+    for profile in ("smoke", "quick", "paper"):
+        assert list(status.lines(smoke, load_profile(profile), estimates, 3))
+    assert set(read) == set(smoke.root.glob("runs/*/*.json"))
+    assert set(read.values()) == {1}
 
 
 def test_published_table_is_the_papers() -> None:
@@ -241,12 +237,6 @@ def test_table_shows_ours_beside_the_papers_and_says_what_is_missing(smoke: Stor
     markdown, page = table._repr_markdown_(), table._repr_html_()
     assert ":name: tab-x" in markdown
     assert "<caption>a caption</caption>" in page
-    assert provenance(outcomes, name="tab-p", caption="").rows[0][1] == outcomes[0].task.spec.key
-
-
-def test_recorded_table_has_a_row_for_each_batch_size_of_the_paper() -> None:
-    table = large_batch.curvature("table7", record.recorded_rows("table7"), name="tab-x", caption="a caption")
-    assert [row[0] for row in table.rows] == ["64", "128", "256", "512", "1024", "2048"]
 
 
 def test_spread_is_the_sample_standard_deviation() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hessnb.errors import InputError
-from hessnb.statistics import proportion, spearman
+from hessnb.statistics import difference, exact_proportion, geometric_mean, mean, proportion, spearman
 
 
 def test_wilsons_interval_is_that_of_the_literature() -> None:
@@ -82,3 +83,69 @@ def test_too_few_or_constant_values_have_no_correlation() -> None:
 
 def test_interval_is_written_with_its_bounds() -> None:
     assert f"{proportion(81, 263):.3f}" == "0.308 (0.255 to 0.366)"
+
+
+def test_newcombes_interval_is_that_of_the_literature() -> None:
+    """Newcombe (1998), Statistics in Medicine 17, 873-890, table II, method 10: 9 and 3 of 10, none and none of 10."""
+    found = difference(0.9, 0.3, 10)
+    assert (found.low, found.high) == pytest.approx((0.1705, 0.8090), abs=5e-5)
+    none = difference(0.0, 0.0, 10)
+    assert (none.low, none.high) == pytest.approx((-0.2775, 0.2775), abs=5e-5)
+
+
+def test_more_comparisons_widen_a_difference_and_more_samples_narrow_it() -> None:
+    usual = difference(0.6, 0.5, 1000)
+    wide, narrow = difference(0.6, 0.5, 1000, comparisons=7), difference(0.6, 0.5, 10_000)
+    assert wide.low < usual.low < narrow.low < 0.1 < narrow.high < usual.high < wide.high
+
+
+@given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_exact_interval_excludes_one_half_where_the_sign_test_rejects(case: tuple[int, int]) -> None:
+    found = exact_proportion(*case)
+    rejected = scipy.stats.binomtest(*case, p=0.5).pvalue <= 0.05
+    assert (found.low > 0.5 or found.high < 0.5) == rejected
+    assert found.low <= proportion(*case).value <= found.high
+
+
+def test_five_of_five_are_too_few_and_six_of_six_are_not() -> None:
+    assert exact_proportion(5, 5).low < 0.5 < exact_proportion(6, 6).low
+
+
+def test_mean_has_students_interval() -> None:
+    values = [1.0, 2.0, 4.0, 9.0]
+    found, expected = mean(values), scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((4.0, expected.low, expected.high))
+    assert mean(values[:2]) is None
+
+
+def test_geometric_mean_does_not_care_which_way_round_a_ratio_is() -> None:
+    found, turned = geometric_mean([2.0, 4.0, 8.0]), geometric_mean([1 / 2, 1 / 4, 1 / 8])
+    assert found is not None
+    assert turned is not None
+    assert found.value == pytest.approx(4.0)
+    assert (turned.low, turned.high) == pytest.approx((1 / found.high, 1 / found.low))
+
+
+@pytest.mark.parametrize("n", [5, 6, 7, 8])
+def test_interval_of_a_few_ranks_errs_no_more_often_than_it_says(n: int) -> None:
+    """Without any correlation every order is equally likely: count the orders whose interval excludes zero."""
+    orders = list(itertools.permutations(range(n)))
+    wrong = 0
+    for rho, count in _distribution(n, orders).items():
+        order = next(o for o in orders if _rho(n, o) == rho)
+        found = spearman(list(range(n)), list(order))
+        assert found is not None
+        wrong += count * (found.low > 0 or found.high < 0)
+    assert wrong / len(orders) <= 0.05
+
+
+def _rho(n: int, order: tuple[int, ...]) -> int:
+    return sum((i - rank) ** 2 for i, rank in enumerate(order))  # all that the correlation depends on
+
+
+def _distribution(n: int, orders: list[tuple[int, ...]]) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for order in orders:
+        counts[_rho(n, order)] = counts.get(_rho(n, order), 0) + 1
+    return counts

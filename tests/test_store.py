@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 
 from hessnb.errors import InputError
 from hessnb.experiments import store as module
+from hessnb.experiments.files import seal
 from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec, Spectrum
 from hessnb.experiments.store import Measurement, RunResult, Store
 from hessnb.training import Epoch, Recipe, State
@@ -132,8 +132,7 @@ def test_change_in_the_numbers_of_a_tensor_is_noticed(full: Store) -> None:
 
 def test_store_of_a_newer_schema_is_refused(full: Store) -> None:
     body = {"schema": module.SCHEMA + 1}
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    (full.root / "store.json").write_text(json.dumps({"sha256": module._digest(text.encode()), "body": body}))
+    (full.root / "store.json").write_bytes(seal(body))
     with pytest.raises(InputError, match="newer hessnb"):
         Store(full.root)
 

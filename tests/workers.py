@@ -10,6 +10,10 @@ from pathlib import Path
 import torch
 
 from hessnb.errors import InputError
+from hessnb.experiments.archive import import_
+from hessnb.experiments.campaign import carry_out
+from hessnb.experiments.grid import artefact
+from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import train_run
 from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec
 from hessnb.experiments.store import Store
@@ -36,3 +40,14 @@ def train(root: str, largest_file: int | None = None) -> None:
     except InputError as error:
         (Path(root) / MESSAGE).write_text(str(error))
         sys.exit(2)
+
+
+def campaign(root: str, budget: float | None = None) -> None:
+    """Carry out table3 of the smoke profile in the store at ``root``."""
+    torch.set_num_threads(1)
+    carry_out(Store(root), artefact("table3").tasks(load_profile("smoke")), budget=budget)
+
+
+def bring(root: str, paths: list[str]) -> None:
+    """Import archives into the store at ``root``."""
+    import_(Store(root), [Path(path) for path in paths])

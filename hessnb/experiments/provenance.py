@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,21 @@ def provenance(*, device: torch.device, seed: int, seconds: float) -> dict[str, 
         "seconds": round(seconds, 3),
         "peak_memory_mib": round(peak),
     }
+
+
+def line(label: str, provenance: Mapping[str, Any]) -> str:
+    """Return where a result came from in one readable line; ``label`` is that of the run, or of a measure of it."""
+    seed, commit = provenance.get("seed"), str(provenance.get("commit") or "")
+    seconds, threads = provenance.get("seconds"), provenance.get("threads")
+    told = (
+        label,
+        "seed unknown" if seed is None else f"seed {seed}",
+        f"commit {commit[:10]}{'+changes' if '+' in commit else ''}" if commit else "commit unknown",
+        f"{provenance.get('device', 'machine unknown')}" + (f" ({threads} threads)" if threads and threads > 1 else ""),
+        str(provenance["date"])[:10] if "date" in provenance else "date unknown",
+        "time unknown" if seconds is None else f"{seconds:,.1f} s" if seconds < 100 else f"{seconds:,.0f} s",
+    )
+    return ", ".join(told)
 
 
 def _commit() -> str | None:

@@ -3,22 +3,31 @@
     book/record/<profile>/<label>-<key>/run.json            spec, history, provenance
     book/record/<profile>/<label>-<key>/<measure>-<key>.json
 
-The formatting is deterministic: the same results give the same bytes. Nothing here is written by hand; the chapters
-read it beside the live run, and a cell that the record does not hold says that it has not been measured.
+    book/record/benchmarks.json                             what the speed page shows
+
+The formatting is deterministic: the same results give the same bytes. Curves (the histories of trainings, and lists of
+more than 50 numbers) take a line each and have their floats rounded to 7 significant digits; every other number is as
+it was measured. Nothing here is written by hand; the chapters read it beside the live run, and a cell that the record
+does not hold says that it has not been measured. `check` says whether a record is what this says.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hessnb.errors import InputError
-from hessnb.experiments.grid import ARTEFACTS, artefact
-from hessnb.experiments.profile import Profile, load_profile
-from hessnb.experiments.run import Outcome, look_up
+from hessnb.experiments.files import write_whole
+from hessnb.experiments.grid import ARTEFACTS, plan
+from hessnb.experiments.profile import Profile, load_profile, profile_names
+from hessnb.experiments.run import Outcome, held
 from hessnb.experiments.spec import Measure, RunSpec
 from hessnb.experiments.store import (
     Measurement,
@@ -28,8 +37,15 @@ from hessnb.experiments.store import (
     measurement_to_json,
     run_result_from_json,
     run_result_to_json,
-    write_whole,
 )
+
+BENCHMARKS = "benchmarks.json"
+
+# All of the record, in bytes.
+LARGEST = 10 * 1024 * 1024
+
+# Numbers in a list, or in a list of lists, from which on it is a curve; and the significant digits of one.
+_CURVE, _DIGITS = 51, 7
 
 
 def project_root(start: Path | None = None) -> Path | None:
@@ -61,45 +77,206 @@ class Record:
         return measurement_from_json(_read(path), str(path)) if path.exists() else None
 
 
-def publish(source: Results, folder: Path, profile: Profile, names: Sequence[str] = ()) -> list[Path]:
-    """Write all seeds of the named artefacts (default: all) that ``source`` holds; return the files that changed."""
-    changed = []
-    for outcome in (o for name in names or ARTEFACTS for o in _all_seeds(source, name, profile)):
-        files = {"run.json": run_result_to_json(outcome.result)} if outcome.result else {}
-        files |= {f"{m.slug}.json": measurement_to_json(found) for m, found in outcome.measurements.items()}
-        target = folder / profile.name / outcome.task.spec.slug
+@dataclass(frozen=True)
+class Published:
+    """The files of the record that changed, and a line for each result that may not enter it."""
+
+    changed: list[Path]
+    refused: list[str]
+
+
+def publish(source: Results, folder: Path, profile: Profile, names: Sequence[str] = ()) -> Published:
+    """Write all that ``source`` holds of the named artefacts (default: all), whole seeds or some batch sizes of one.
+
+    What does not say where it came from, or came from code that was not committed, stays out; with a run its measures.
+    """
+    changed, refused = [], []
+    for outcome in held(source, names or list(ARTEFACTS), profile):
+        if outcome.result is None:
+            continue
+        spec = outcome.task.spec
+        if faults := _untold(outcome.result.provenance, spec.recipe.seed):
+            refused.append(f"{spec.slug}: {faults[0]}")
+            continue
+        files = {"run.json": run_result_to_json(outcome.result)}
+        for measure, found in outcome.measurements.items():
+            if faults := _untold(found.provenance, spec.recipe.seed):
+                refused.append(f"{spec.slug}/{measure.slug}: {faults[0]}")
+            else:
+                files[f"{measure.slug}.json"] = measurement_to_json(found)
+        target = folder / profile.name / spec.slug
         target.mkdir(parents=True, exist_ok=True)
         for name, body in files.items():
-            path, content = target / name, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
+            path, content = target / name, serialised(body)
             if not path.exists() or path.read_bytes() != content:
                 write_whole(path, content)
                 changed.append(path)
-    return changed
+    return Published(changed, refused)
 
 
 def recorded(name: str, profile: str = "paper", folder: Path | None = None) -> list[Outcome]:
     """Return what the record holds of an artefact under a profile: an outcome for each run that is there."""
     folder = folder or record_root()
     loaded = load_profile(profile)
-    return _all_seeds(Record(folder / loaded.name), name, loaded) if folder else []
+    return held(Record(folder / loaded.name), [name], loaded) if folder else []
 
 
-def recorded_rows(name: str, profile: str = "paper") -> list[Outcome]:
-    """Return what the record holds of an artefact under a profile, and an empty outcome for each run that it lacks."""
-    found = {outcome.task.spec: outcome for outcome in recorded(name, profile)}
-    planned = [Outcome(task, None, {}) for task in artefact(name).tasks(load_profile(profile), 1)]
-    return [*found.values(), *(outcome for outcome in planned if outcome.task.spec not in found)]
+# -- formatting ----------------------------------------------------------------------------------------------------
 
 
-def _all_seeds(source: Results, name: str, profile: Profile) -> list[Outcome]:
-    """Return the outcomes whose run ``source`` holds, for seeds 0, 1, ... as long as it holds any of a seed."""
-    found: list[Outcome] = []
-    for seed in itertools.count():
-        there = [o for o in look_up(source, artefact(name).tasks_of_seed(profile, seed)) if o.result is not None]
-        if not there:
-            return found
-        found += there
-    return found
+def serialised(body: dict[str, Any]) -> bytes:
+    """Return the bytes of a record's file; see the head of this module."""
+    return (_text(body, "") + "\n").encode()
+
+
+def _text(value: Any, indent: str, *, curve: bool = False) -> str:
+    """Return JSON with an indent of 1 and sorted keys, as `json.dumps` has it, but curves on lines of their own."""
+    if (isinstance(value, list) and _n_numbers(value) >= _CURVE) or (curve and not isinstance(value, list)):
+        return json.dumps(_rounded(value), sort_keys=True, separators=(",", ":"))
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        items = [
+            f"{inner}{json.dumps(name)}: {_text(value[name], inner, curve=name == 'history')}" for name in sorted(value)
+        ]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(inner + _text(item, inner, curve=curve) for item in value) + f"\n{indent}]"
+    return json.dumps(value)
+
+
+def _n_numbers(value: Any) -> int:
+    """Return how many numbers a list, or a list of lists, of nothing but numbers holds; else 0."""
+    if isinstance(value, list):
+        counts = [_n_numbers(item) for item in value]
+        return sum(counts) if all(counts) else 0
+    return int(isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+# -- the check -----------------------------------------------------------------------------------------------------
+
+
+def check(folder: Path) -> list[str]:
+    """Return one line for each fault of a record: what it holds without origin, without place or by hand.
+
+    Each number belongs to a run and a measure of its profile's grid, whose keys match its name, beside its run; says
+    its commit (of committed code), date, processor, torch, seed and seconds; and has the bytes that `publish` writes.
+    There is no other file, and no more than 10 MB in all.
+    """
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    faults = []
+
+    @cache
+    def spec_in(path: Path) -> RunSpec:
+        return run_result_from_json(_read(path), str(path)).spec
+
+    for path in files:
+        try:
+            faults += [f"{path}: {fault}" for fault in _faults(path, path.relative_to(folder).parts, spec_in)]
+        except InputError as error:
+            faults.append(str(error))
+    size = sum(path.stat().st_size for path in files)
+    if size > LARGEST:
+        faults.append(f"{folder} holds {size:,} bytes: more than {LARGEST:,}")
+    return faults
+
+
+def _faults(path: Path, parts: tuple[str, ...], spec_in: Callable[[Path], RunSpec]) -> Iterator[str]:
+    if parts == (BENCHMARKS,):
+        yield from _faults_of_benchmarks(path)
+        return
+    if len(parts) != 3 or parts[0] not in profile_names() or path.suffix != ".json":
+        yield "neither a run nor a measure of a profile: it does not belong here"
+        return
+    profile, run, name = parts
+    body = _read(path)
+    beside = path.parent / "run.json"
+    if not beside.exists():
+        yield "a measure without its run: run.json is not beside it"
+        return
+    spec = spec_in(beside)
+    if name == "run.json":
+        result = run_result_from_json(body, str(path))
+        known, again = spec.slug, run_result_to_json(result)
+        if run != known:
+            yield f"it is the run {known}: the folder's name says {run}"
+        if spec not in _planned(profile, spec.recipe.seed):
+            yield f"no artefact needs this run under the profile {profile}"
+    else:
+        measurement = measurement_from_json(body, str(path))
+        known, again = f"{measurement.measure.slug}.json", measurement_to_json(measurement)
+        if name != known:
+            yield f"it is the measure {known}: the file's name says {name}"
+        if measurement.measure not in _planned(profile, spec.recipe.seed).get(spec, ()):
+            yield f"no artefact needs this measure of this run under the profile {profile}"
+        if not measurement.values or not _finite(measurement.values):
+            yield "its values are empty or not finite"
+    yield from _untold(body.get("provenance"), spec.recipe.seed)
+    if serialised(again) != path.read_bytes():
+        yield "its formatting is not the record's; publish it again with: hessnb record"
+
+
+def _faults_of_benchmarks(path: Path) -> Iterator[str]:
+    body = _read(path)
+    rows = body.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+        yield "it does not hold rows with names"
+        return
+    names = [row["name"] for row in rows]
+    if names != sorted(set(names)):
+        yield "its rows are not sorted by name, each once"
+    for row in rows:
+        if not _finite({name: value for name, value in row.items() if name != "provenance"}):
+            yield f"{row['name']}: not finite"
+        for fault in _untold(row.get("provenance"), None):
+            yield f"{row['name']}: {fault}"
+    if (json.dumps(body, indent=1, sort_keys=True) + "\n").encode() != path.read_bytes():
+        yield "its formatting is not that of: make bench"
+
+
+@cache
+def _planned(profile: str, seed: int) -> Mapping[RunSpec, frozenset[Measure]]:
+    """Return the runs of one seed in a profile's grid, and the measures of each."""
+    tasks = plan(list(ARTEFACTS.values()), load_profile(profile), seed + 1)
+    return {task.spec: frozenset(task.measures) for task in tasks if task.spec.recipe.seed == seed}
+
+
+def _untold(provenance: Any, seed: int | None) -> list[str]:
+    """Return what is wrong with the provenance of a result (of a seed, where one is given)."""
+    if not isinstance(provenance, dict):
+        return ["no provenance"]
+    commit, faults = str(provenance.get("commit")), []
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        faults.append(f"commit {commit!r} is not that of committed code")
+    try:
+        dated = datetime.fromisoformat(str(provenance.get("date"))).tzinfo is not None
+    except ValueError:
+        dated = False
+    if not dated:
+        faults.append(f"no date: {provenance.get('date')!r}")
+    faults += [f"no {name}" for name in ("device", "torch") if not provenance.get(name)]
+    given = provenance.get("seed")
+    if not isinstance(given, int) or (seed is not None and given != seed):
+        faults.append(f"seed {given!r}" + ("" if seed is None else f" in a run of seed {seed}"))
+    seconds = provenance.get("seconds")
+    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        faults.append(f"seconds {seconds!r}")
+    return faults
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_finite(item) for item in value.values())
+    if isinstance(value, list):
+        return all(_finite(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _read(path: Path) -> dict[str, Any]:

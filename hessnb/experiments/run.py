@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hessnb import data, training
-from hessnb.errors import RunFailed
-from hessnb.experiments.grid import Task, artefact
+from hessnb.errors import InputError, RunFailed
+from hessnb.experiments.grid import Task, artefact, plan
 from hessnb.experiments.measure import Report, measured, silent
 from hessnb.experiments.networks import attack_function, load_data, new_model, trained_model
-from hessnb.experiments.profile import load_profile
+from hessnb.experiments.profile import Profile, load_profile
 from hessnb.experiments.provenance import provenance
-from hessnb.experiments.spec import (
-    Measure,
-    RunSpec,
-    Spectrum,
-)
-from hessnb.experiments.store import Measurement, Results, RunResult, Store
+from hessnb.experiments.spec import Measure, RunSpec, Spectrum
+from hessnb.experiments.store import Measurement, Results, RunResult, Spent, Store
 from hessnb.training import State
+
+# Measures that go on from where they were interrupted, by kind, and the most seconds of work that an interruption costs
+# them: `lanczos` keeps its state once a minute, a landscape keeps each of its points.
+RESUMED = {"spectrum": 60.0, "loss_line": 0.0, "loss_plane": 0.0, "interpolation": 0.0}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,19 @@ def look_up(source: Results, tasks: Sequence[Task]) -> list[Outcome]:
         there = {measure: measurement for measure, measurement in found.items() if measurement is not None}
         outcomes.append(Outcome(task, source.result(task.spec), there))
     return outcomes
+
+
+def held(source: Results, names: Sequence[str], profile: Profile) -> list[Outcome]:
+    """Return all that a store or the record holds of some artefacts: an outcome for each run that has ended.
+
+    Of seeds 0, 1, ... as long as it holds any run of a seed.
+    """
+    artefacts = [artefact(name) for name in names]
+    seeds = 0
+    while any(source.result(task.spec) for some in artefacts for task in some.tasks_of_seed(profile, seeds)):
+        seeds += 1
+    outcomes = look_up(source, plan(artefacts, profile, seeds)) if seeds else []
+    return [outcome for outcome in outcomes if outcome.result is not None]
 
 
 def compute(
@@ -150,24 +165,71 @@ def train_run(store: Store, spec: RunSpec, *, device: torch.device | str = "cpu"
 
 
 def measure_run(
-    store: Store, spec: RunSpec, measure: Measure, *, device: torch.device | str = "cpu", report: Report = silent
+    store: Store,
+    spec: RunSpec,
+    measure: Measure,
+    *,
+    device: torch.device | str = "cpu",
+    report: Report = silent,
+    on_save: Callable[[], None] = lambda: None,
 ) -> Measurement:
-    """Return what ``measure`` gives on the trained network of ``spec``, computing it if the store lacks it."""
+    """Return what ``measure`` gives on the trained network of ``spec``, computing it if the store lacks it.
+
+    ``on_save`` is called when the state of an unfinished solve has been kept: what it raises costs nothing.
+    """
     if found := store.measurement(spec, measure):
         return found
     where = data.check_device(device)
     with store.lock(spec):
         if found := store.measurement(spec, measure):
             return found
-        started = time.perf_counter()
         label = f"{spec.label}: {measure.label}"
         report(label, 0.0, "")
-        values = measured(store, spec, measure, where, report, label)
-        seconds = time.perf_counter() - started
-        measurement = Measurement(measure, values, provenance(device=where, seed=spec.recipe.seed, seconds=seconds))
+        with _worked(store, spec, measure) as seconds:
+            values = measured(_UnderWay(store, seconds, on_save), spec, measure, where, report, label)
+            came_from = provenance(device=where, seed=spec.recipe.seed, seconds=seconds())
+        measurement = Measurement(measure, values, came_from)
         store.save_measurement(spec, measurement)
     report(label, 1.0, "")
     return measurement
+
+
+class _UnderWay(Store):
+    """The store as a measure under way sees it: with its state it keeps the seconds of work that led there."""
+
+    def __init__(self, store: Store, seconds: Callable[[], float], on_save: Callable[[], None]) -> None:
+        super().__init__(store.root)
+        self._seconds, self._on_save = seconds, on_save
+
+    def save_partial(self, spec: RunSpec, measure: Measure, tensors: dict[str, Tensor]) -> None:
+        """Keep what is there of a measure under way; see the class."""
+        super().save_partial(spec, measure, tensors)
+        self.save_spent(spec, measure, Spent(kept=self._seconds()))
+        self._on_save()
+
+
+@contextmanager
+def _worked(store: Store, spec: RunSpec, measure: Measure) -> Iterator[Callable[[], float]]:
+    """Give a function that returns the seconds of work on a measure so far, those before an interruption included.
+
+    What is interrupted leaves its seconds in the store: of a landscape, which keeps each point, all of them; of the
+    rest those of an attempt that kept nothing, for they are the least that it takes to get further.
+    """
+    started, earlier = time.perf_counter(), store.spent(spec, measure)
+
+    def seconds() -> float:
+        return time.perf_counter() - started + earlier.kept
+
+    try:
+        yield seconds
+    except BaseException:
+        with suppress(InputError):  # the disk may be full, and that is being said already
+            if RESUMED.get(measure.kind) == 0.0:
+                store.save_spent(spec, measure, Spent(kept=seconds()))
+            elif store.spent(spec, measure) == earlier:  # there was no save
+                lost = max(earlier.lost, seconds() - earlier.kept)
+                store.save_spent(spec, measure, replace(earlier, lost=round(lost, 3)))
+        raise
 
 
 def _share_done(state: State, recipe: training.Recipe) -> float:

@@ -9,6 +9,7 @@
         <measure>-<key>.vectors.safetensors   the eigenvectors that landscapes go along
         <measure>-<key>.partial.safetensors   an eigen-solve under way
         <measure>-<key>.points.txt            the finished points of a landscape under way
+        <measure>-<key>.spent, epoch.spent    seconds of work on what was not finished
 
 Every file carries a checksum, is written beside its place, forced to the disk and renamed: a kill, a full disk or a
 second process at the same run can cost the work since the last checkpoint, never a file.
@@ -16,24 +17,30 @@ second process at the same run can cost the work since the last checkpoint, neve
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import platformdirs
-import torch
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hessnb.errors import InputError
+from hessnb.experiments.files import (
+    clear_errors,
+    damaged,
+    read_notes,
+    read_sealed,
+    read_tensors,
+    write_sealed,
+    write_tensors,
+    write_whole,
+)
+from hessnb.experiments.provenance import device_name
 from hessnb.experiments.spec import Measure, RunSpec, parse_measure
 from hessnb.training import Epoch, State
 
@@ -58,6 +65,14 @@ class Measurement:
     measure: Measure
     values: dict[str, Any]
     provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of work on what is not finished: all that led to what is kept of it; the longest that led to nothing."""
+
+    kept: float = 0.0
+    lost: float = 0.0
 
 
 class Results(Protocol):
@@ -89,7 +104,7 @@ class Store:
         self.root = store_root(root)
         marker = self.root / "store.json"
         if marker.exists():
-            schema = _read_sealed_json(marker).get("schema")
+            schema = read_sealed(marker).get("schema")
             if not isinstance(schema, int) or schema > SCHEMA:
                 raise InputError(
                     f"{self.root} was written by a newer hessnb (schema {schema}, this one knows {SCHEMA}); "
@@ -102,6 +117,14 @@ class Store:
         ):
             raise InputError(f"{self.root} is neither a store nor an empty folder; choose another one with --store")
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same folder."""
+        return isinstance(other, Store) and other.root == self.root
+
+    def __hash__(self) -> int:
+        """Return a hash of the folder, so that what is cached for one is found for the other."""
+        return hash(self.root)
+
     # -- runs ---------------------------------------------------------------------------------------------------
 
     def result(self, spec: RunSpec) -> RunResult | None:
@@ -109,29 +132,31 @@ class Store:
         path = self._folder(spec) / "run.json"
         if not path.exists():
             return None
-        return run_result_from_json(_read_sealed_json(path), str(path))
+        return run_result_from_json(read_sealed(path), str(path))
 
     def save_result(self, result: RunResult, state: State) -> None:
         """Keep an ended training: weights first, then run.json, which makes it a result; then drop the checkpoint."""
         folder = self._prepare(result.spec)
         if result.status == "done":
-            _write_tensors(folder / "weights.safetensors", state.model, {"spec": result.spec.canonical()})
-        _write_sealed_json(folder / "run.json", run_result_to_json(result))
+            write_tensors(folder / "weights.safetensors", state.model, {"spec": result.spec.canonical()})
+        write_sealed(folder / "run.json", run_result_to_json(result))
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def weights(self, spec: RunSpec) -> dict[str, Tensor]:
         """Return the trained weights and buffers by name; raise InputError when there are none."""
         path = self._folder(spec) / "weights.safetensors"
         if not path.exists():
-            raise InputError(f"{path} is not there: the run has not been trained in this store")
-        return _read_tensors(path)[0]
+            raise InputError(
+                f"{path} is not there: the run has not been trained in this store, or was imported without its weights"
+            )
+        return read_tensors(path)[0]
 
     def checkpoint(self, spec: RunSpec) -> State | None:
         """Return the state after the last finished epoch of a training under way, or None."""
         path = self._folder(spec) / "checkpoint.safetensors"
         if not path.exists():
             return None
-        tensors, notes = _read_tensors(path)
+        tensors, notes = read_tensors(path)
         momentum = [name for name in tensors if name.startswith("momentum.")]
         return State(
             epoch=notes["epoch"],
@@ -145,7 +170,8 @@ class Store:
         tensors = {f"model.{name}": t for name, t in state.model.items()}
         tensors |= {f"momentum.{i}": t for i, t in enumerate(state.momentum)}
         notes = {"spec": spec.canonical(), "epoch": state.epoch, "history": [asdict(line) for line in state.history]}
-        _write_tensors(self._prepare(spec) / "checkpoint.safetensors", tensors, notes)
+        notes["device"] = device_name(next(iter(state.model.values())).device)
+        write_tensors(self._prepare(spec) / "checkpoint.safetensors", tensors, notes)
 
     # -- measures -----------------------------------------------------------------------------------------------
 
@@ -154,24 +180,24 @@ class Store:
         path = self._folder(spec) / f"{measure.slug}.json"
         if not path.exists():
             return None
-        return measurement_from_json(_read_sealed_json(path), str(path))
+        return measurement_from_json(read_sealed(path), str(path))
 
     def save_measurement(self, spec: RunSpec, measurement: Measurement) -> None:
         """Keep what a measure gave."""
         folder = self._prepare(spec)
-        _write_sealed_json(folder / f"{measurement.measure.slug}.json", measurement_to_json(measurement))
-        for under_way in ("partial.safetensors", "points.txt"):
+        write_sealed(folder / f"{measurement.measure.slug}.json", measurement_to_json(measurement))
+        for under_way in ("partial.safetensors", "points.txt", "spent"):
             (folder / f"{measurement.measure.slug}.{under_way}").unlink(missing_ok=True)
 
     def partial(self, spec: RunSpec, measure: Measure) -> dict[str, Tensor] | None:
         """Return what is kept of a measure under way, by name, or None."""
         path = self._folder(spec) / f"{measure.slug}.partial.safetensors"
-        return _read_tensors(path)[0] if path.exists() else None
+        return read_tensors(path)[0] if path.exists() else None
 
     def save_partial(self, spec: RunSpec, measure: Measure, tensors: dict[str, Tensor]) -> None:
         """Keep what is there of a measure under way, in the place of what was kept before."""
         path = self._prepare(spec) / f"{measure.slug}.partial.safetensors"
-        _write_tensors(path, tensors, {"measure": measure.canonical()})
+        write_tensors(path, tensors, {"measure": measure.canonical()})
 
     def points_file(self, spec: RunSpec, measure: Measure) -> Path:
         """Return where the finished points of a landscape under way are kept."""
@@ -180,45 +206,110 @@ class Store:
     def vectors(self, spec: RunSpec, measure: Measure) -> Tensor | None:
         """Return the eigenvectors (j, n) that are kept of a spectrum, the leading first, or None."""
         path = self._folder(spec) / f"{measure.slug}.vectors.safetensors"
-        return _read_tensors(path)[0]["vectors"] if path.exists() else None
+        return read_tensors(path)[0]["vectors"] if path.exists() else None
 
     def save_vectors(self, spec: RunSpec, measure: Measure, vectors: Tensor) -> None:
         """Keep the leading eigenvectors (j, n) of a spectrum."""
         path = self._prepare(spec) / f"{measure.slug}.vectors.safetensors"
-        _write_tensors(path, {"vectors": vectors}, {"measure": measure.canonical()})
+        write_tensors(path, {"vectors": vectors}, {"measure": measure.canonical()})
 
     def measurements(self, spec: RunSpec) -> Iterator[Measurement]:
         """Go through all that has been measured on the network of ``spec``."""
         for path in sorted(self._folder(spec).glob("*-*.json")):
-            yield measurement_from_json(_read_sealed_json(path), str(path))
+            yield measurement_from_json(read_sealed(path), str(path))
+
+    def spent(self, spec: RunSpec, measure: Measure | None) -> Spent:
+        """Return the work on a measure (None: on an epoch of the training) that is not finished."""
+        path = self._spent_file(spec, measure)
+        try:
+            return Spent(**read_sealed(path)) if path.exists() else Spent()
+        except TypeError as error:
+            raise damaged(path, str(error)) from error
+
+    def save_spent(self, spec: RunSpec, measure: Measure | None, spent: Spent) -> None:
+        """Keep the seconds of work on what is not finished; none forgets them."""
+        if spent == Spent():
+            self._spent_file(spec, measure).unlink(missing_ok=True)
+        else:
+            self._prepare(spec)
+            write_sealed(self._spent_file(spec, measure), asdict(spent))
+
+    def _spent_file(self, spec: RunSpec, measure: Measure | None) -> Path:
+        return self._folder(spec) / f"{measure.slug if measure else 'epoch'}.spent"
+
+    def file(self, spec: RunSpec, name: str) -> Path:
+        """Return where a file of a run is, or would be."""
+        return self._folder(spec) / name
+
+    def adopt(self, spec: RunSpec, files: Mapping[str, bytes], *, anew: bool = False) -> None:
+        """Take over files of a run from another store; ``anew``: in the place of all that is there of the run.
+
+        The order is that of `save_result`: killed at any point, a run is there with weights of its own, or not at all.
+        """
+        folder = self._prepare(spec)
+        if anew:
+            for path in sorted(folder.iterdir(), key=lambda path: path.name != "run.json"):
+                path.unlink()
+        first = ("weights.safetensors", "run.json")
+        for name in sorted(files, key=lambda name: (first.index(name) if name in first else len(first), name)):
+            write_whole(folder / name, files[name])
+        if (folder / "run.json").exists():
+            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     # -- the whole ----------------------------------------------------------------------------------------------
+
+    def names(self, spec: RunSpec) -> frozenset[str]:
+        """Return what is there of a run, by name: "run", "weights", the slug of each measure; reads no file."""
+        try:
+            files = os.listdir(self._folder(spec))
+        except (FileNotFoundError, NotADirectoryError):
+            return frozenset()
+        whole = [name.removesuffix(".json") for name in files if name.endswith(".json")]
+        return frozenset([*whole, *(["weights"] if "weights.safetensors" in files else [])])
 
     def results(self) -> Iterator[RunResult]:
         """Go through all ended trainings."""
         for path in sorted(self.root.glob("runs/*/run.json")):
-            yield run_result_from_json(_read_sealed_json(path), str(path))
+            yield run_result_from_json(read_sealed(path), str(path))
+
+    def under_way(self) -> Iterator[tuple[RunSpec, list[Epoch], str | None]]:
+        """Go through the trainings under way: spec, finished epochs, and the processor's name; reads no tensor."""
+        for path in sorted(self.root.glob("runs/*/checkpoint.safetensors")):
+            try:
+                notes = read_notes(path)
+            except InputError:
+                if path.exists():
+                    raise
+                continue  # another process has just ended it
+            spec = RunSpec.parse(json.loads(notes["spec"]), str(path))
+            yield spec, [Epoch(**line) for line in notes["history"]], notes.get("device")
 
     def check(self) -> list[str]:
         """Read every file, and return one line for each that is damaged."""
         faults = []
         for path in sorted(self.root.glob("runs/*/*")):
             try:
-                if path.suffix == ".json":
-                    _read_sealed_json(path)
+                if path.suffix in (".json", ".spent"):
+                    read_sealed(path)
                 elif path.suffix == ".safetensors":
-                    _read_tensors(path)
+                    read_tensors(path)
             except InputError as error:
                 faults.append(str(error))
         return faults
 
     @contextmanager
-    def lock(self, spec: RunSpec) -> Iterator[None]:
-        """Hold a run for this process; waits while another process holds it. A killed process lets go by itself."""
-        with _clear_errors(self.root):
+    def lock(self, spec: RunSpec, *, wait: bool = True) -> Iterator[None]:
+        """Hold a run for this process. A killed process lets go by itself.
+
+        While another process holds it, this one waits; without ``wait`` it raises InputError.
+        """
+        with clear_errors(self.root):
             self._prepare(spec)
             lock = FileLock(self.root / "locks" / f"{spec.key}.lock")
-            lock.acquire()
+            try:
+                lock.acquire(timeout=-1 if wait else 0)
+            except Timeout as error:
+                raise InputError(f"another process is at work on {spec.slug}; try again when it has ended") from error
         try:
             for leftover in self._folder(spec).glob(".*.part"):  # of a process that was killed while writing
                 leftover.unlink(missing_ok=True)
@@ -226,16 +317,29 @@ class Store:
         finally:
             lock.release()
 
+    def is_held(self, spec: RunSpec) -> bool:
+        """Return whether a process is at work on a run."""
+        path = self.root / "locks" / f"{spec.key}.lock"
+        if not path.exists():
+            return False
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
     def _folder(self, spec: RunSpec) -> Path:
         return self.root / "runs" / spec.slug
 
     def _prepare(self, spec: RunSpec) -> Path:
         folder = self._folder(spec)
-        with _clear_errors(self.root):
+        with clear_errors(self.root):
             folder.mkdir(parents=True, exist_ok=True)
             (self.root / "locks").mkdir(exist_ok=True)
         if not (self.root / "store.json").exists():
-            _write_sealed_json(self.root / "store.json", {"schema": SCHEMA})
+            write_sealed(self.root / "store.json", {"schema": SCHEMA})
         return folder
 
 
@@ -279,94 +383,3 @@ def measurement_from_json(body: dict[str, Any], where: str) -> Measurement:
         return Measurement(parse_measure(body["measure"], where), body["values"], body["provenance"])
     except KeyError as error:
         raise InputError(f"{where} does not hold a measurement (no {error}); remove it") from error
-
-
-# -- files: sealed with a checksum, written whole or not at all ----------------------------------------------------
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that ``path`` is either as before or wholly new, also after a power cut.
-
-    Raises InputError when the disk is full, read-only, or the folder cannot be written.
-    """
-    with _clear_errors(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(
-            f"cannot write {path}: {reason}; nothing that was there is lost: make room or rights, or choose another "
-            "folder with --store, and run the same command again"
-        ) from error
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is damaged ({why}); remove it, and what it held is computed again")
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _write_sealed_json(path: Path, body: dict[str, Any]) -> None:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    sealed = json.dumps({"sha256": _digest(text.encode()), "body": body}, indent=1, sort_keys=True)
-    write_whole(path, sealed.encode() + b"\n")
-
-
-def _read_sealed_json(path: Path) -> dict[str, Any]:
-    try:
-        sealed = json.loads(path.read_bytes())
-        body, digest = sealed["body"], sealed["sha256"]
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, "not a sealed JSON file") from error
-    if _digest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()) != digest:
-        raise _damaged(path, "its checksum does not match")
-    return dict(body)
-
-
-def _tensor_digest(tensors: dict[str, Tensor], notes: str) -> str:
-    digest = hashlib.sha256(notes.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    text = json.dumps(notes, sort_keys=True)
-    write_whole(path, save(plain, {"notes": text, "sha256": _tensor_digest(plain, text)}))
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if _tensor_digest(tensors, header.get("notes", "")) != header.get("sha256"):
-        raise _damaged(path, "its checksum does not match")
-    return tensors, json.loads(header["notes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from hessnb.attacks import ATTACKS
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import AttackAccuracy, RunSpec
+from hessnb.paper.origins import origins
 from hessnb.paper.published import published
+from hessnb.paper.recorded import Recorded, papers_own, profiles
 from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
 from hessnb.robustness import checklist
 
@@ -20,6 +23,7 @@ def transfer(table: str, outcomes: Sequence[Outcome], *, name: str, caption: str
     """Return ``table`` ("table3" or "table4"): accuracies (%) on sets built from the original network.
 
     One row a network, one column a set: ours, the paper's in brackets; several seeds give mean and standard deviation.
+    Recorded outcomes of the paper's scale also get the difference in the brackets, and all recorded ones their origins.
     """
     return _table(table, outcomes, name, caption, white_box=False)
 
@@ -65,6 +69,7 @@ def checks(
 
 def _table(table: str, outcomes: Sequence[Outcome], name: str, caption: str, *, white_box: bool) -> Table:
     paper = published(table)
+    from_record = any(isinstance(o, Recorded) for o in outcomes)
     rows = []
     for network in (ORIGINAL, *ATTACKS):
         runs = [o for o in outcomes if network_name(o.task.spec) == network]
@@ -79,7 +84,17 @@ def _table(table: str, outcomes: Sequence[Outcome], name: str, caption: str, *, 
         cells = []
         for column in ("clean", *ATTACKS, "mean"):
             shown = mean_and_spread(columns.get(column, []), "{:.1f}")
-            beside = "" if white_box or shown == NOT_MEASURED else f" ({float(paper[column][network]):.1f})"
+            beside = (
+                "" if white_box or shown == NOT_MEASURED else _beside(columns[column], paper[column][network], runs)
+            )
             cells.append(shown + beside)
-        rows.append((network, *cells))
-    return Table(name, caption, ("Network", "clean", *ATTACKS, "mean of attacks"), tuple(rows))
+        rows.append((network, *cells, *((profiles(runs),) if from_record else ())))
+    header = ("Network", "clean", *ATTACKS, "mean of attacks", *(("Profile",) if from_record else ()))
+    return Table(name, caption, header, tuple(rows), origins(outcomes))
+
+
+def _beside(ours: Sequence[float], paper: float, runs: Sequence[Outcome]) -> str:
+    """Return the paper's number in brackets, with the difference to it where our scale is the paper's."""
+    if not papers_own(runs):
+        return f" ({paper:.1f})"
+    return f" ({paper:.1f}; {statistics.mean(ours) - paper:+.1f})".replace("-", "−")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ from hessnb.attacks.second_order import DAMPINGS
 from hessnb.errors import RunFailed
 from hessnb.experiments.grid import artefact
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.record import recorded
 from hessnb.experiments.run import Outcome, compute
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy, AttackSpec
 from hessnb.experiments.store import Store
 from hessnb.models import eval_mode
+from hessnb.paper.origins import origins
 from hessnb.paper.published import published
+from hessnb.paper.recorded import from_record, papers_own, profiles
 from hessnb.paper.tables import Table, mean_and_spread
 from hessnb.robustness import accuracy, predictions
 from hessnb.statistics import Interval, proportion
@@ -44,6 +46,8 @@ def live_and_recorded(
 ) -> tuple[list[Outcome], list[Outcome]]:
     """Return what an artefact shows of one network, computing what the store lacks, and what the record holds of it.
 
+    See `hessnb.paper.recorded.from_record` for the record.
+
     Raises InputError for an unknown name, and RunFailed when a training diverged.
     """
     tasks = [t for t in artefact(name).tasks(load_profile(profile), seeds) if t.spec.model.name == network]
@@ -51,7 +55,7 @@ def live_and_recorded(
     for outcome in live:
         if outcome.result is not None and outcome.result.status == "failed":
             raise RunFailed(f"{outcome.task.spec.label}: {outcome.result.reason}")
-    return live, [outcome for outcome in recorded(name) if outcome.task.spec.model.name == network]
+    return live, [outcome for outcome in from_record(name, network=network) if outcome.result]
 
 
 def under(outcomes: Sequence[Outcome], method: str, **settings: object) -> list[float]:
@@ -75,7 +79,10 @@ def clean(outcomes: Sequence[Outcome]) -> list[float]:
 
 
 def variations(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
-    """Return accuracies (%) under the five attacks, each choice changed alone, and the paper's (``table5``)."""
+    """Return accuracies (%) under the five attacks, each choice changed alone, and the paper's (``table5``).
+
+    Recorded outcomes of the paper's scale also get the difference to it, as Tables 3 and 4 have the attacks.
+    """
     usual: dict[str, object] = {"clip": False, "precision": None, "scale": None}
     columns = {
         "not clipped": usual,
@@ -89,8 +96,9 @@ def variations(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table
         cells = [_shown(under(outcomes, method, **settings)) for settings in columns.values()]
         if not method.startswith("L2"):
             cells[-1] = "–"
-        rows.append((method, *cells, _published("M1", method)))
-    return Table(name, caption, ("Attack", *columns, "paper"), tuple(rows))
+        rows.append((method, *cells, _published("M1", method), *_difference("M1", method, outcomes, usual)))
+    header = ("Attack", *columns, "paper", *(("difference",) if _comparable(outcomes) else ()))
+    return Table(name, caption, header, tuple(rows), origins(outcomes))
 
 
 def clipping(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, caption: str) -> Table:
@@ -103,8 +111,9 @@ def clipping(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, c
             for clip in (False, True)
         ]
         rows.append((method, *cells, _published("M1", method)))
-    header = ("Attack", "live, not clipped", "live, clipped", "record, not clipped", "record, clipped", "paper")
-    return Table(name, caption, header, tuple(rows))
+    sources = ("live", recorded_as(record))
+    header = ("Attack", *(f"{source}, {how}" for source in sources for how in ("not clipped", "clipped")), "paper")
+    return Table(name, caption, header, tuple(rows), origins(record))
 
 
 def steps_of_cg(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, caption: str) -> Table:
@@ -115,8 +124,8 @@ def steps_of_cg(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str
         cells = [_shown(under(outcomes, method, **settings)) for method in SECOND_ORDER for outcomes in (live, record)]
         rows.append((label, *cells))
     rows.append(("paper, steps not given", "", _published(network, "FHSM"), "", _published(network, "L2HESS")))
-    header = ("CG steps", *(f"{method}, {where}" for method in SECOND_ORDER for where in ("live", "record")))
-    return Table(name, caption, header, tuple(rows))
+    header = ("CG steps", *(f"{method}, {where}" for method in SECOND_ORDER for where in ("live", recorded_as(record))))
+    return Table(name, caption, header, tuple(rows), origins(record))
 
 
 def cg_settings(outcomes: Sequence[Outcome]) -> dict[str, dict[str, object]]:
@@ -129,15 +138,19 @@ def cg_settings(outcomes: Sequence[Outcome]) -> dict[str, dict[str, object]]:
 def equal_size(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, caption: str) -> Table:
     """Return accuracies (%) under all attacks of ``section34`` with 95 % intervals, and the paper's.
 
-    Of one network the interval is Wilson's, over its test samples; of several it is mean and standard deviation.
+    Of one network the interval is Wilson's, over its test samples; of several it is mean and standard deviation. A
+    record of the paper's scale also gets the difference to the paper.
     """
     network = live[0].task.spec.model.name
-    rows = [("none", *(_interval(outcomes, None) for outcomes in (live, record)), _published(network, "clean"))]
-    for attack in _attacks(live):
-        label = f"{attack.method}, exact" if attack.solver == "exact" else attack.method
-        paper = _published(network, attack.method) if attack.method in ATTACKS else "–"
-        rows.append((label, *(_interval(outcomes, attack) for outcomes in (live, record)), paper))
-    return Table(name, caption, ("Attack", "live", "record", "paper"), tuple(rows))
+    rows: list[tuple[str, ...]] = []
+    for attack in (None, *_attacks(live)):
+        method = attack.method if attack else "clean"
+        label = "none" if attack is None else f"{method}, exact" if attack.solver == "exact" else method
+        paper = _published(network, method) if method in ("clean", *ATTACKS) else "–"
+        cells = (*(_interval(outcomes, attack) for outcomes in (live, record)), paper)
+        rows.append((label, *cells, *_difference(network, method, record, _fields(attack))))
+    header = ("Attack", "live", recorded_as(record), "paper", *(("difference",) if _comparable(record) else ()))
+    return Table(name, caption, header, tuple(rows), origins(record))
 
 
 def per_sample(records: Mapping[str, Perturbation], *, name: str, caption: str) -> Table:
@@ -252,17 +265,36 @@ def _published(network: str, method: str) -> str:
 
 def _interval(outcomes: Sequence[Outcome], attack: AttackSpec | None) -> str:
     """Return the accuracy (%) of one network with its interval, or mean and spread of several; None: unattacked."""
-    if attack is None:
-        found = clean(outcomes)
-    else:
-        fields = {field: getattr(attack, field) for field in ("clip", "solver", "scale", "precision")}
-        found = under(outcomes, attack.method, **fields)
+    found = under(outcomes, attack.method, **_fields(attack)) if attack else clean(outcomes)
     if len(found) != 1:
         return _shown(found)
     sizes = [m.values["n_samples"] for m in outcomes[0].measurements.values() if "n_samples" in m.values]
     if not sizes:
         return _shown(found)
     return _percent(proportion(round(found[0] / 100 * sizes[0]), sizes[0]))
+
+
+def _fields(attack: AttackSpec | None) -> dict[str, object]:
+    return {field: getattr(attack, field) for field in ("clip", "solver", "scale", "precision")} if attack else {}
+
+
+def recorded_as(record: Sequence[Outcome]) -> str:
+    """Return the title of what the record holds: under which profile it was measured."""
+    return "record" if profiles(record) == "–" else f"record ({profiles(record)})"
+
+
+def _comparable(outcomes: Sequence[Outcome]) -> bool:
+    return bool(outcomes) and papers_own(outcomes)
+
+
+def _difference(network: str, method: str, record: Sequence[Outcome], settings: dict[str, object]) -> tuple[str, ...]:
+    """Return the cell with ours - paper of a recorded row, or no cell where the scales differ."""
+    if not _comparable(record):
+        return ()
+    found = clean(record) if method == "clean" else under(record, method, **settings)
+    if not found or method not in ("clean", *ATTACKS):
+        return ("–",)
+    return (f"{statistics.mean(found) - float(_published(network, method)):+.1f}".replace("-", "−"),)
 
 
 def _percent(interval: Interval) -> str:

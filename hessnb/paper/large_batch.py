@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,9 @@ import pandas as pd
 
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import SPLITS, AttackAccuracy, AttackSpec, InputCurvature, SplitName
+from hessnb.paper.origins import origins
 from hessnb.paper.published import published
+from hessnb.paper.recorded import Recorded, papers_own, profiles
 from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
 from hessnb.statistics import spearman
 
@@ -23,7 +26,8 @@ def curvature(table: str, outcomes: Sequence[Outcome], *, name: str, caption: st
     """Return accuracy and dominant Hessian eigenvalue of ``table`` ("table1", "table2" or "table7"), with the paper's.
 
     One row a network and batch size of ``outcomes``; values on the training set, on the test set in brackets; several
-    seeds give mean and standard deviation. A cell without a measurement says so.
+    seeds give mean and standard deviation. A cell without a measurement says so. Recorded outcomes also get their
+    origins and, where the scale is the paper's, the difference to it (ours - paper, or ours / paper for an eigenvalue).
     """
     columns: Columns = [("Accuracy %", accuracy, "accuracy", "{:.2f}"), ("λ₁", lambda1, "lambda1", "{:.3g}")]
     return _table(table, outcomes, columns, name, caption, epochs=True)
@@ -147,20 +151,31 @@ def _table(
     for outcome in outcomes:
         groups[(outcome.task.spec.model.name, outcome.task.spec.recipe.batch_size)].append(outcome)
     several = len({network for network, _ in groups}) > 1
+    from_record = any(isinstance(o, Recorded) for o in outcomes)
     rows = []
     for key in sorted(groups):
         cells = [*(key[:1] if several else ()), str(key[1])]
         for _, column, field, form in columns:
-            cells.append(_both([column(groups[key], "train"), column(groups[key], "test")], form))
+            ours = [column(groups[key], split) for split in SPLITS]
+            cells.append(_both(ours, form))
             if field:
                 cells.append(_published(paper, key, field))
+                if from_record:
+                    cells.append(_difference(ours, paper, key, field) if papers_own(groups[key]) else "–")
         if epochs:
             lengths = [float(len(o.result.history)) for o in groups[key] if o.result]
             cells.append(mean_and_spread(lengths, "{:.0f}") if lengths else "–")
-        rows.append((*cells, str(sum(o.result is not None for o in groups[key]))))
-    titles = [title for column in columns for title in ((f"{column[0]}, ours", "paper") if column[2] else (column[0],))]
+        cells.append(str(sum(o.result is not None for o in groups[key])))
+        rows.append((*cells, *((profiles(groups[key]),) if from_record else ())))
+    titles = [
+        title
+        for column in columns
+        for title in (
+            (f"{column[0]}, ours", "paper", *(("difference",) if from_record else ())) if column[2] else (column[0],)
+        )
+    ]
     header = (*(("Network",) if several else ()), "Batch", *titles, *(("Epochs",) if epochs else ()), "Seeds")
-    return Table(name, caption, header, tuple(rows))
+    return Table(name, caption, (*header, *(("Profile",) if from_record else ())), tuple(rows), origins(outcomes))
 
 
 def _both(pair: Sequence[Sequence[float]], form: str) -> str:
@@ -173,3 +188,18 @@ def _published(paper: pd.DataFrame, key: tuple[str, int], column: str) -> str:
         return "–"
     train, test = (float(paper[f"{column}_{split}"][key]) for split in SPLITS)
     return f"{train:g} ({test:g})"
+
+
+def _difference(ours: Sequence[Sequence[float]], paper: pd.DataFrame, key: tuple[str, int], field: str) -> str:
+    """Return training (test): ours - paper for accuracies, ours / paper for what has no scale of its own."""
+    if key not in paper.index or f"{field}_train" not in paper.columns:
+        return "–"
+    shown = []
+    for values, split in zip(ours, SPLITS, strict=True):
+        if not values:
+            shown.append("–")
+            continue
+        mean, theirs = statistics.mean(values), float(paper[f"{field}_{split}"][key])
+        accuracies = field.startswith(("accuracy", "adversarial"))
+        shown.append(f"{mean - theirs:+.2f}".replace("-", "−") if accuracies else f"× {mean / theirs:.2f}")
+    return "–" if set(shown) == {"–"} else f"{shown[0]} ({shown[1]})"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hessnb import data, models
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import PowerIteration, Spectrum
+from hessnb.paper.origins import HEADER, Origin
 
 NOT_MEASURED = "not measured yet"
 
@@ -19,27 +20,53 @@ _SHORT = 24
 
 @dataclass(frozen=True)
 class Table:
-    """A captioned table that shows itself: numbered Markdown in the book, HTML in Jupyter."""
+    """A captioned table that shows itself: numbered Markdown in the book, HTML in Jupyter.
+
+    Below it, folded, stands where recorded numbers come from (``origins``, see `hessnb.paper.origins`).
+    """
 
     name: str
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    origins: tuple[Origin, ...] = ()
 
     def _repr_markdown_(self) -> str:
-        wide = [max(map(len, column)) > _SHORT for column in zip(*self.rows, strict=True)]
-        rule = [":---" if i == 0 or wide[i] else "---:" for i in range(len(self.header))]
-        lines = [self.header, rule, *(tuple(map(_cell, row)) for row in self.rows)]
-        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
-        return f"```{{table}} {self.caption}\n:name: {self.name}\n:align: center\n\n{body}\n```\n"
+        body = markdown(self.header, self.rows)
+        table = f"```{{table}} {self.caption}\n:name: {self.name}\n:align: center\n\n{body}\n```\n"
+        if not self.origins:
+            return table
+        told = [(f"[{o.cells[0]}]({o.address})" if o.address else o.cells[0], *o.cells[1:]) for o in self.origins]
+        return f"{table}\n```{{dropdown}} {_FOLDED}\n{markdown(HEADER, told)}\n```\n"
 
     def _repr_html_(self) -> str:
-        def line(tag: str, cells: tuple[str, ...]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        table = _html(self.header, [[html.escape(cell) for cell in row] for row in self.rows], self.caption)
+        if not self.origins:
+            return table
+        told = [[html.escape(cell) for cell in o.cells] for o in self.origins]
+        for cells, origin in zip(told, self.origins, strict=True):
+            cells[0] = f'<a href="{origin.address}">{cells[0]}</a>' if origin.address else cells[0]
+        return f"{table}<details><summary>{_FOLDED}</summary>{_html(HEADER, told)}</details>"
 
-        head, body = line("th", self.header), "".join(line("td", row) for row in self.rows)
-        caption = f"<caption>{html.escape(self.caption)}</caption>"
-        return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
+
+_FOLDED = "Where these numbers come from"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table: short cells on one line, columns of text on the left, others on the right."""
+    wide = [max(map(len, column)) > _SHORT for column in zip(*rows, strict=True)] or [False] * len(header)
+    rule = [":---" if i == 0 or wide[i] else "---:" for i in range(len(header))]
+    lines = [header, rule, *(tuple(map(_cell, row)) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
+
+
+def _html(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+    head, body = line("th", [html.escape(cell) for cell in header]), "".join(line("td", row) for row in rows)
+    told = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{told}<thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
 def _cell(text: str) -> str:
@@ -102,7 +129,7 @@ def stopping(outcome: Outcome, *, name: str, caption: str) -> Table:
         exact = certified["eigenvalues"][i]
         rows.append(
             (
-                f"λ{i + 1}".translate(_SUBSCRIPTS),
+                f"λ{i + 1}".translate(SUBSCRIPTS),
                 f"{value:.5g}",
                 f"{power['residuals'][i]:.0e}",
                 f"{exact:.5g}",
@@ -129,31 +156,7 @@ def layer_shares(blocks: Sequence[Outcome], whole: Sequence[Outcome], *, name: s
     return Table(name, caption, ("Batch", "λ₁, whole", *names.values()), tuple(rows))
 
 
-def provenance(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
-    """Return where the numbers of a table come from: one row a run, with its key, machine, date and time."""
-    rows = []
-    for outcome in outcomes:
-        if outcome.result is None:
-            continue
-        told = outcome.result.provenance
-        seconds = told["seconds"] + sum(m.provenance["seconds"] for m in outcome.measurements.values())
-        commit = told["commit"] or "not in a repository"
-        rows.append(
-            (
-                outcome.task.spec.label,
-                outcome.task.spec.key,
-                outcome.result.reason,
-                f"{told['device']}, {told['threads']} thread{'s'[: told['threads'] > 1]}",
-                f"torch {told['torch']}, {commit[:12]}{'+changes' if commit.endswith('+changes') else ''}",
-                told["date"][:10],
-                f"{seconds:,.0f} s",
-            )
-        )
-    header = ("Run", "Key", "Ended", "Machine", "Code", "Date", "Time")
-    return Table(name, caption, header, tuple(rows) or ((NOT_MEASURED, *[""] * 6),))
-
-
-_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 _LAYERS = {
     "M1": "5 × 5, 20 – max-pool 2 – 5 × 5, 50 – max-pool 2 – 500 – 10",
