@@ -17,6 +17,7 @@ from hessnb.experiments.run import Outcome
 from hessnb.figures import COLOURS, style
 from hessnb.landscape import Landscape
 from hessnb.paper.landscapes import extremes, first_of_each, line, plane, rise
+from hessnb.paper.recorded import Recorded
 from hessnb.paper.tables import NOT_MEASURED
 
 # The paper's blue, red and green, in shades that the colour-blind tell apart; the lines differ as well.
@@ -41,7 +42,7 @@ def loss_lines(outcomes: Sequence[Outcome]) -> Figure:
             return _nothing(shown)
         figure, axes = _grid(len(shown), shared=True, height=1.9)
         for axis, outcome in zip(axes, shown, strict=False):
-            axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", fontsize=11)
+            axis.set_title(_title(outcome), fontsize=11)
             values = line(outcome)
             if values is None:
                 _absent(axis)
@@ -68,7 +69,7 @@ def parabolas(outcomes: Sequence[Outcome]) -> Figure:
             parabola = [eigenvalue / 2 * t**2 for t in distances]
             axis.loglog(distances, parabola, color=COLOURS[1], label="λ₁ t² / 2")
             axis.loglog(distances, rises, "o", color=COLOURS[0], markersize=4, label="training loss")
-            axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", fontsize=11)
+            axis.set_title(_title(outcome), fontsize=11)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=10)
         _name_axes(figure, "distance t along the eigenvector", "rise of the loss")
@@ -87,7 +88,7 @@ def loss_planes(outcomes: Sequence[Outcome]) -> Figure:
             return _nothing(shown)
         figure, axes = _grid(len(shown), shared=True, height=2.5)
         for axis, outcome in zip(axes, shown, strict=False):
-            axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", fontsize=11)
+            axis.set_title(_title(outcome), fontsize=11)
             values = plane(outcome)
             if values is None:
                 _absent(axis)
@@ -140,6 +141,12 @@ def _grid(n: int, *, shared: bool = False, height: float = 2.1) -> tuple[Figure,
         axis.tick_params(labelsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     return figure, panels
+
+
+def _title(outcome: Outcome) -> str:
+    """Return the batch size, and the profile where it is not the scale that the figure is of."""
+    title = f"B = {outcome.task.spec.recipe.batch_size}"
+    return title if not isinstance(outcome, Recorded) or outcome.papers_own else f"{title} ({outcome.profile})"
 
 
 def _absent(axis: Axes) -> None:

@@ -25,6 +25,7 @@ from hessnb.experiments.spec import LossLine, LossPlane, Measure, Spectrum
 from hessnb.experiments.store import Measurement, Store
 from hessnb.landscape import along, random_direction
 from hessnb.paper import landscapes
+from hessnb.paper.recorded import Recorded
 from hessnb.paper.tables import NOT_MEASURED, Table
 
 CPU = torch.device("cpu")
@@ -140,6 +141,19 @@ def test_first_measured_seed_is_drawn(lines: list[Outcome]) -> None:
     empty = Outcome(lines[0].task, None, {})
     assert landscapes.first_of_each([empty, measured]) == [measured]
     assert landscapes.first_of_each([measured, lines[0]]) == [lines[0]]
+
+
+def test_recorded_panels_and_rows_of_a_smaller_scale_say_so(lines: list[Outcome]) -> None:
+    first, second = (
+        Recorded(o.task, o.result, o.measurements, "laptop", papers_own=own)
+        for o, own in zip(lines, (True, False), strict=True)
+    )
+    sizes = [o.task.spec.recipe.batch_size for o in lines]
+    titles = [axis.get_title() for axis in drawn.loss_lines([first, second]).axes]
+    assert titles == [f"B = {sizes[0]}", f"B = {sizes[1]} (laptop)"]
+    table = landscapes.curvatures([first, second], name="tab-x", caption="x")
+    assert column(table, "Profile") == ["laptop", "laptop, not the paper's scale"]
+    assert "Profile" not in landscapes.curvatures(lines, name="tab-x", caption="x").header
 
 
 # -- curvature -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from hessnb.experiments.measure import HESSIAN_BATCH
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import LossLine, LossPlane
 from hessnb.landscape import along, random_direction
+from hessnb.paper.recorded import Recorded, profiles
 from hessnb.paper.tables import Table, mean_and_spread
 from hessnb.training import EVALUATION_BATCH
 
@@ -85,18 +86,20 @@ def curvature(outcome: Outcome, key: str) -> float | None:
 def curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
     """Return the curvature of each loss along the dominant eigenvector, as `curvature`, beside the eigenvalue itself.
 
-    One row a batch size; several seeds give mean and standard deviation.
+    One row a batch size; several seeds give mean and standard deviation. Recorded ones tell their profile.
     """
-    rows = []
+    rows, recorded = [], any(isinstance(o, Recorded) for o in outcomes)
     for batch_size in sorted({o.task.spec.recipe.batch_size for o in outcomes}):
         runs = [o for o in outcomes if o.task.spec.recipe.batch_size == batch_size]
         eigenvalues = [o.eigenvalues("train")[0] for o in runs if o.eigenvalues("train")]
         found = {key: [value for o in runs if (value := curvature(o, key)) is not None] for key in SETS}
         ratios = [test / train for test, train in zip(found["test"], found["train"], strict=True)]
         cells = [mean_and_spread(values, "{:.3g}") for values in (eigenvalues, *found.values())]
-        rows.append((str(batch_size), *cells, mean_and_spread(ratios, "{:.1f}")))
+        scale = (profiles(runs),) if recorded else ()
+        rows.append((str(batch_size), *cells, mean_and_spread(ratios, "{:.1f}"), *scale))
     titles = [f"{title} loss" for title in SETS.values()]
-    return Table(name, caption, ("Batch", "λ₁, certified", *titles, "test / training"), tuple(rows))
+    header = ("Batch", "λ₁, certified", *titles, "test / training", *(("Profile",) if recorded else ()))
+    return Table(name, caption, header, tuple(rows))
 
 
 # Steps of a second difference, down to where float64 still has digits to spare.
