@@ -17,6 +17,7 @@ from hessnb.experiments.measure import HESSIAN_BATCH
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import LossLine, LossPlane
 from hessnb.landscape import along, random_direction
+from hessnb.paper.origins import origins
 from hessnb.paper.recorded import Recorded, profiles
 from hessnb.paper.tables import Table, mean_and_spread
 from hessnb.training import EVALUATION_BATCH
@@ -99,7 +100,7 @@ def curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table
         rows.append((str(batch_size), *cells, mean_and_spread(ratios, "{:.1f}"), *scale))
     titles = [f"{title} loss" for title in SETS.values()]
     header = ("Batch", "λ₁, certified", *titles, "test / training", *(("Profile",) if recorded else ()))
-    return Table(name, caption, header, tuple(rows))
+    return Table(name, caption, header, tuple(rows), origins(outcomes))
 
 
 # Steps of a second difference, down to where float64 still has digits to spare.
