@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from built import Open, pages
-from playwright.sync_api import Page
+from built import Open, Visit, pages
+from playwright.sync_api import Browser, Page
 
 PAGES = pages()
 CHAPTERS = [path for path in PAGES if path.startswith("notebooks/")]
@@ -30,56 +33,61 @@ def test_page_opens_whole_and_without_a_fault(visit: Open, path: str, width: int
     assert opened.page.locator("mjx-merror").count() == 0
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("path", PAGES)
-def test_page_is_accessible(visit: Open, path: str, theme: str) -> None:
+def test_page_is_accessible_in_light_and_in_dark(visit: Open, path: str) -> None:
     page = visit(path).page
-    _switch(page, theme)
     page.add_style_tag(content="*, *::before, *::after { transition: none !important; animation: none !important; }")
     page.evaluate("document.querySelectorAll('main details').forEach(e => e.open = true)")
-    found = Axe().run(page).response["violations"]
-    told = [
-        f"{each['id']}: {node['target']} {node['html'][:150]} {node['any'][0]['message'] if node['any'] else ''}"
-        for each in found
-        if each["impact"] in ("serious", "critical")
-        for node in each["nodes"]
-    ]
-    assert told == []
+    for theme in ("light", "dark"):
+        _switch(page, theme)
+        found = Axe().run(page).response["violations"]
+        told = [
+            f"{each['id']}: {node['target']} {node['html'][:150]} {node['any'][0]['message'] if node['any'] else ''}"
+            for each in found
+            if each["impact"] in ("serious", "critical")
+            for node in each["nodes"]
+        ]
+        assert told == [], theme
 
 
-@pytest.mark.parametrize("path", CHAPTERS)
-def test_figures_are_visible_numbered_and_described(visit: Open, path: str) -> None:
-    page = visit(path).page
-    images = page.locator("main .cell_output figure img")
-    assert images.count() > 0
-    for i in range(images.count()):
-        image = images.nth(i)
-        image.scroll_into_view_if_needed()
-        assert image.evaluate("e => e.complete && e.naturalWidth > 100 && e.getBoundingClientRect().width > 100")
-        assert len(image.get_attribute("alt") or "") > 20
-    assert page.locator("main .cell_output figure figcaption .caption-number").count() == images.count()
+class TestChapter:
+    """What each chapter has, on one visit."""
 
+    @pytest.fixture(scope="class", params=CHAPTERS)
+    def path(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
 
-@pytest.mark.parametrize("path", CHAPTERS)
-def test_chapter_has_mathematics_and_shows_neither_parameters_nor_installation(visit: Open, path: str) -> None:
-    page = visit(path).page
-    assert page.locator("mjx-container").count() > 0
-    text = page.text_content("main") or ""
-    assert "folder of results; None" not in text
-    assert "# Parameters" not in text
-    assert "git clone" not in text
+    @pytest.fixture(scope="class")
+    def page(self, browser: Browser, site: str, path: str) -> Iterator[Page]:
+        page = Visit(browser, site, path).page
+        yield page
+        page.close()
 
+    def test_figures_are_visible_numbered_and_described(self, page: Page) -> None:
+        images = page.locator("main .cell_output figure img")
+        assert images.count() > 0
+        for i in range(images.count()):
+            image = images.nth(i)
+            image.scroll_into_view_if_needed()
+            assert image.evaluate("e => e.complete && e.naturalWidth > 100 && e.getBoundingClientRect().width > 100")
+            assert len(image.get_attribute("alt") or "") > 20
+        assert page.locator("main .cell_output figure figcaption .caption-number").count() == images.count()
 
-@pytest.mark.parametrize("path", CHAPTERS)
-def test_chapter_can_be_launched_and_downloaded(visit: Open, path: str) -> None:
-    page = visit(path).page
-    notebook = path.replace(".html", ".ipynb")
-    for host in ("mybinder.org", "colab.research.google.com"):
-        assert page.locator(f'a[href*="{host}"][href$="{notebook}"]').count() > 0
-    link = page.locator(f'a[href$="_sources/{notebook}"]').first.evaluate("e => e.href")
-    downloaded = page.request.get(link).json()
-    assert all(not cell.get("outputs") for cell in downloaded["cells"]), "it is the notebook as committed"
-    assert page.locator("button.copybtn").count() > 0
+    def test_mathematics_is_there_and_parameters_and_installation_are_not(self, page: Page) -> None:
+        assert page.locator("mjx-container").count() > 0
+        text = page.text_content("main") or ""
+        assert "folder of results; None" not in text
+        assert "# Parameters" not in text
+        assert "git clone" not in text
+
+    def test_it_can_be_launched_and_downloaded(self, page: Page, path: str) -> None:
+        notebook = path.replace(".html", ".ipynb")
+        for host in ("mybinder.org", "colab.research.google.com"):
+            assert page.locator(f'a[href*="{host}"][href$="{notebook}"]').count() > 0
+        link = page.locator(f'a[href$="_sources/{notebook}"]').first.evaluate("e => e.href")
+        downloaded = page.request.get(link).json()
+        assert all(not cell.get("outputs") for cell in downloaded["cells"]), "it is the notebook as committed"
+        assert page.locator("button.copybtn").count() > 0
 
 
 def test_code_is_folded_and_opens(visit: Open) -> None:
@@ -106,8 +114,8 @@ def test_dark_mode_is_dark_and_keeps_figures_readable(visit: Open) -> None:
     light = page.locator("body").evaluate(BACKGROUND)
     _switch(page, "dark")
     assert page.locator("body").evaluate(BACKGROUND) != light
-    figure = page.locator("main .cell_output figure img").first
-    assert figure.evaluate(BACKGROUND) == "rgb(255, 255, 255)", "dark lines need a light ground"
+    ground = page.locator("main .cell_output figure img").first.evaluate(BACKGROUND)
+    assert min(map(int, re.findall(r"\d+", ground))) > 180, f"dark lines need a light ground, not {ground}"
 
 
 def test_search_finds_a_page_and_an_api_entry(visit: Open) -> None:
@@ -128,7 +136,7 @@ def test_print_shows_the_text_alone(visit: Open) -> None:
     page.emulate_media(media="print")
     for hidden in (".bd-sidebar-primary", ".bd-header-article", ".prev-next-footer"):
         assert not page.locator(hidden).first.is_visible(), hidden
-    assert page.locator("main h1").is_visible()
+    assert page.locator("main h1:visible").count() == 1
 
 
 def _switch(page: Page, theme: str) -> None:
