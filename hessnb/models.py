@@ -27,7 +27,8 @@ def build(
 
     ``M1`` takes 1 x 28 x 28, the others 3 x 32 x 32. ``num_classes`` is 10, for CR 100, unless given. ``width``
     multiplies every number of channels and of hidden units. ``variant`` (M1 alone): "strided" is Table 6's text read
-    literally, "normalised" begins with a layer that takes off MNIST's mean pixel and divides by its deviation. ``seed`` fixes the initial weights and leaves the global random state as it was.
+    literally, "normalised" begins with a layer that takes off MNIST's mean pixel and divides by its deviation. ``seed``
+    fixes the initial weights and leaves the global random state as it was.
 
     Raises InputError for an unknown name or variant, or a width or class count that leaves a layer empty.
     """

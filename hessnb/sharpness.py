@@ -80,7 +80,7 @@ def sharpness_along(
 
 
 def rescaled(model: nn.Module, first: str, second: str, factor: float) -> nn.Module:
-    """Return a copy of ``model`` with the layer ``first`` multiplied by ``factor`` and the weight of ``second`` divided.
+    """Return a copy of ``model``, the layer ``first`` multiplied by ``factor`` and the weight of ``second`` divided.
 
     Where nothing but ReLUs and max-pooling lie between the two modules of these names, the copy computes the same
     function; with a power of two as factor to the last bit, as long as nothing overflows or underflows. Raises

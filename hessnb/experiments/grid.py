@@ -337,11 +337,6 @@ def _seeds(profile: Profile, seed: int) -> list[Task]:
     return [Task(m1.spec(batch_size, seed), _compared(profile)) for batch_size in _extremes(m1)]
 
 
-# The batch sizes at which readings of the paper are compared, and multiples of the learning rate.
-SWEPT_BATCHES = (64, 256)
-SWEPT_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
-
-
 def _swept(profile: Profile, seed: int, batch_size: int, variant: str | None = None, rate: float = 1.0) -> Task:
     """Return M1 of section 3.1 in another variant or with a multiple of the learning rate."""
     spec = profile.large_batch["M1"].spec(batch_size, seed)
@@ -351,13 +346,15 @@ def _swept(profile: Profile, seed: int, batch_size: int, variant: str | None = N
 
 
 def _rates(profile: Profile, seed: int) -> list[Task]:
-    return [_swept(profile, seed, SWEPT_BATCHES[0], rate=rate) for rate in SWEPT_RATES]
+    return [_swept(profile, seed, profile.sweep.batch_sizes[0], rate=rate) for rate in profile.sweep.rates]
 
 
 def _readings(variant: str) -> Tasks:
-    """Return M1 as it is taken here and in a variant, for both batch sizes."""
+    """Return M1 as it is taken here and in a variant."""
     return lambda profile, seed: [
-        _swept(profile, seed, batch_size, taken) for batch_size in SWEPT_BATCHES for taken in (None, variant)
+        _swept(profile, seed, batch_size, taken)
+        for batch_size in profile.sweep.batch_sizes
+        for taken in (None, variant)
     ]
 
 

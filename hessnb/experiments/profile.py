@@ -145,6 +145,13 @@ class StrongSettings(Frozen):
     trainings: tuple[str, ...] = Field(strict=False)
 
 
+class SweepSettings(Frozen):
+    """The batch sizes at which readings of the paper are compared, and multiples of M1's learning rate, at the first."""
+
+    batch_sizes: tuple[PositiveInt, ...] = Field(min_length=1, strict=False)
+    rates: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
+
+
 class Profile(Frozen):
     """The scale at which the grid is computed; one TOML file each, in ``hessnb/experiments/profiles``."""
 
@@ -158,6 +165,7 @@ class Profile(Frozen):
     density: DensitySettings
     edge: EdgeSettings
     strong: StrongSettings
+    sweep: SweepSettings
 
 
 def profile_names() -> list[str]:

@@ -118,7 +118,9 @@ class AttackSpec(Frozen):
         if self.restarts and self.method != "PGD":
             raise InputError(f"{self.method} starts once: leave out restarts")
         if self.method == AUTOATTACK and (not self.clip or self.scale or self.precision):
-            raise InputError("AUTOATTACK is clipped and has its own precision and radius: give clip = true, nothing else")
+            raise InputError(
+                "AUTOATTACK is clipped and has its own precision and radius: give clip = true, nothing else"
+            )
         if (self.cg_steps or self.solver) and self.method not in SECOND_ORDER:
             raise InputError(f"{self.method} solves no system: leave out cg_steps and solver")
         return self
@@ -334,7 +336,7 @@ class Sharpness(_Named):
     """The largest Hessian eigenvalue of the training loss at ``points`` epochs of the training, its start and end among
     them, for which the network is trained again (Cohen et al., 2021).
 
-    To relative residual ``tol``; with ``samples`` over so many of the training set, as a `Spectrum`'s draw 0 takes them.
+    To relative residual ``tol``; with ``samples`` over so many of the training set, those of a `Spectrum`'s draw 0.
     """
 
     kind: Literal["sharpness"] = "sharpness"
