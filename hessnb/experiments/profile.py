@@ -146,7 +146,7 @@ class StrongSettings(Frozen):
 
 
 class SweepSettings(Frozen):
-    """The batch sizes at which readings of the paper are compared, and multiples of M1's learning rate, at the first."""
+    """The batch sizes at which readings of the paper are compared, and multiples of the learning rate at the first."""
 
     batch_sizes: tuple[PositiveInt, ...] = Field(min_length=1, strict=False)
     rates: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
