@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import hessnb
-from hessnb import notebooks, pages
+from hessnb import notebooks, staging
 from hessnb.errors import InputError, RunFailed
 from hessnb.experiments.files import write_whole
 from hessnb.experiments.profile import load_profile
@@ -154,7 +154,11 @@ def _executed_elsewhere(source: Path, folder: Path) -> Path:
 
 
 def _gate(notebook: nbformat.NotebookNode, name: str) -> None:
-    """Raise RunFailed unless every code cell ran and none raised: a failed notebook looks whole to Jupyter Book."""
+    """Raise RunFailed unless every code cell ran, none raised, and every picture is described.
+
+    A failed notebook looks whole to Jupyter Book, and so does a page with pictures that say nothing to those who do
+    not see them.
+    """
     if notebook.metadata.get("papermill", {}).get("exception"):
         raise RunFailed(f"{name}: papermill recorded an exception in it")
     for cell in notebook.cells:
@@ -164,12 +168,15 @@ def _gate(notebook: nbformat.NotebookNode, name: str) -> None:
             raise RunFailed(f"{name}: cell {cell.id} holds an error")
         if cell.execution_count is None:
             raise RunFailed(f"{name}: cell {cell.id} was not executed")
+    if faults := notebooks.undescribed(notebook):
+        raise RunFailed(f"{name}: {'; '.join(faults)}")
 
 
 def _fingerprint(root: Path, source: Path, parameters: Parameters) -> str:
     """Return a digest of all that a chapter's outputs depend on."""
     package = Path(hessnb.__file__).parent
-    files = [source, *_files(package, ("*.py", "*.toml", "*.csv")), *_files(root / "book" / "record", ("*.json",))]
+    in_package = _files(package, ("*.py", "*.toml", "*.csv", "*.js", "*.css"))
+    files = [source, *in_package, *_files(root / "book" / "record", ("*.json",))]
     if parameters.profile.endswith(".toml"):
         files.append(Path(parameters.profile))
     told = asdict(parameters) | {"store": str(store_root(parameters.store).resolve())}
@@ -194,7 +201,7 @@ def _publish(root: Path, executed: list[Path], say: Say) -> Path:
     site, html, fresh = work / "site", work / "html", work / "html.new"
     _recover(html, work / "html.old")
     shutil.rmtree(site, ignore_errors=True)
-    _stage(root, executed, site)
+    staging.stage(root, executed, site)
     fingerprint = _digest(_files(site, ("*",)), "", base=site)
     marker = html / ".fingerprint"
     if marker.exists() and marker.read_text() == fingerprint:
@@ -216,6 +223,7 @@ def _publish(root: Path, executed: list[Path], say: Say) -> Path:
         raise RunFailed(
             f"Jupyter Book warned or failed; the last good HTML is unchanged; all of it is in {log}:\n{told}"
         )
+    staging.offer_sources(root, built)
     (built / ".fingerprint").write_text(fingerprint)
     shutil.rmtree(work / "html.old", ignore_errors=True)
     if html.exists():
@@ -230,27 +238,6 @@ def _recover(html: Path, old: Path) -> None:
     """Bring the last good HTML back if a build was killed between taking it away and putting the new one there."""
     if old.exists() and not html.exists():
         old.rename(html)
-
-
-def _stage(root: Path, executed: list[Path], site: Path) -> None:
-    """Lay out what Jupyter Book is to see: configuration, prose, generated pages, executed notebooks."""
-    (site / "notebooks").mkdir(parents=True)
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(root / name, site / name)
-    leave_out = shutil.ignore_patterns("_build", "record", ".*")
-    shutil.copytree(root / "book", site / "book", ignore=leave_out)
-    told = []
-    for path in executed:
-        notebook = nbformat.read(path, as_version=4)
-        for cell in notebook.cells:
-            if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
-                cell.metadata["tags"] = [*cell.metadata["tags"], "remove-cell"]
-        nbformat.write(notebook, site / "notebooks" / path.name)
-        told.append((path.stem, notebook.metadata))
-    generated = site / "book" / "_generated"
-    generated.mkdir()
-    for name, text in pages.generated(told, root / "book" / "record").items():
-        (generated / name).write_text(text)
 
 
 # -- digests -------------------------------------------------------------------------------------------------------

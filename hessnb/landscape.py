@@ -160,6 +160,14 @@ def random_direction(model: nn.Module, generator: torch.Generator, *, filter_nor
     return filter_normalise(model, direction) if filter_normalised else direction.to(_weight(model).device)
 
 
+def displaced(model: nn.Module, direction: Tensor, position: float) -> nn.Module:
+    """Return a copy of the network, in eval mode, with the weights theta + t d at ``position`` t; see `along`."""
+    network, move, _ = _span(model, (direction,))
+    with torch.no_grad():
+        move(position)
+    return network
+
+
 def filter_normalise(model: nn.Module, direction: Tensor) -> Tensor:
     """Return ``direction`` (n,) with each filter scaled to the norm of the model's, float64 on the model's device.
 

@@ -1,21 +1,60 @@
 """The notebooks: MyST text files are the source, and the ``.ipynb`` beside each is generated from it, without outputs.
 
-Generation is deterministic, so that a check can compare bytes: time stamps decide nothing.
+Generation is deterministic, so that a check can compare bytes: time stamps decide nothing. Each notebook begins with a
+cell that installs the package where it is missing (on Colab), which no source file has to repeat.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import jupytext
 import nbformat
+import yaml
 
 from hessnb.errors import InputError, unknown
 
 PARAMETERS = ("profile", "seeds", "device", "store")
 MAX_CELL_LINES = 25
+
+# An alternative text says what is to be seen; a word or two does not.
+MIN_ALT = 20
+
+_INSTALL = """\
+# Where hessnb is missing, as on Colab, this gets it with its notebooks and record; elsewhere it does nothing.
+from importlib.util import find_spec
+
+if find_spec("hessnb") is None:
+    !git clone --quiet --depth 1 --branch {branch} {url} hessnb-book
+    %pip install --quiet "./hessnb-book[attacks]"
+    %cd -q hessnb-book/notebooks"""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Where the sources are published: ``repository`` of ``_config.yml``, the one place that says so."""
+
+    url: str
+    branch: str
+
+    @property
+    def files(self) -> str:
+        """The address below which a file of the repository is shown by its path."""
+        return f"{self.url}/blob/{self.branch}"
+
+
+def repository(root: Path) -> Repository:
+    """Return the repository that the ``_config.yml`` of the project at ``root`` names; raise InputError for none."""
+    path = root / "_config.yml"
+    try:
+        told = yaml.safe_load(path.read_text())["repository"]
+        return Repository(str(told["url"]).rstrip("/"), str(told["branch"]))
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{path} must have repository: {{url, branch}} ({error!r})") from error
 
 
 def sources(root: Path) -> list[Path]:
@@ -51,6 +90,10 @@ def to_notebook(source: Path) -> nbformat.NotebookNode:
         }
     )
     notebook.nbformat, notebook.nbformat_minor = 4, 5
+    where = repository(source.parent.parent)
+    install = nbformat.v4.new_code_cell(_INSTALL.format(url=where.url, branch=where.branch))
+    install.metadata["tags"] = ["install", "remove-cell"]
+    notebook.cells.insert(0, install)
     seen: dict[str, int] = {}
     for cell in notebook.cells:
         digest = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
@@ -65,7 +108,7 @@ def sync(root: Path) -> list[Path]:
     """Write the ``.ipynb`` of each source whose content would change, and return what was written."""
     written = []
     for source in sources(root):
-        target, content = source.with_suffix(".ipynb"), _text(source)
+        target, content = source.with_suffix(".ipynb"), text(source)
         if not target.exists() or target.read_text() != content:
             target.write_text(content)
             written.append(target)
@@ -73,14 +116,19 @@ def sync(root: Path) -> list[Path]:
 
 
 def check(root: Path) -> list[str]:
-    """Return one line for each fault: a pair that differs, a cell too long, an algorithm in a cell, odd parameters."""
+    """Return one line for each fault.
+
+    A pair that differs, a cell too long, an algorithm in a cell, odd parameters, a figure without a description.
+    """
     faults = []
     for source in sources(root):
         target = source.with_suffix(".ipynb")
-        if not target.exists() or target.read_text() != _text(source):
+        if not target.exists() or target.read_text() != text(source):
             faults.append(f"{target.name} differs from {source.name}; run: hessnb notebooks sync")
-        cells = [cell for cell in to_notebook(source).cells if cell.cell_type == "code"]
+        cells = [cell for cell in to_notebook(source).cells[1:] if cell.cell_type == "code"]  # without the install cell
         for cell in cells:
+            if "figure" in cell.metadata.get("mystnb", {}) and (missing := _undescribed(cell)):
+                faults.append(f"{source.name}: the figure of cell {cell.id} has no {missing}")
             if len(cell.source.splitlines()) > MAX_CELL_LINES:
                 faults.append(f"{source.name}: cell {cell.id} has more than {MAX_CELL_LINES} lines")
             if any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(ast.parse(cell.source))):
@@ -93,7 +141,33 @@ def check(root: Path) -> list[str]:
     return faults
 
 
-def _text(source: Path) -> str:
+def undescribed(notebook: nbformat.NotebookNode) -> list[str]:
+    """Return one line for each picture in the outputs that has no number, caption or alternative text of its own."""
+    faults = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if any(mime.startswith("image/") for mime in data) and (missing := _undescribed(cell)):
+                faults.append(f"the picture of cell {cell.id} has no {missing}")
+            for tag in re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", ""))):
+                if not re.search(r"""\balt\s*=\s*(["'])\s*\S""", tag):
+                    faults.append(f"an <img> in the HTML of cell {cell.id} has no alternative text")
+    return faults
+
+
+def _undescribed(cell: nbformat.NotebookNode) -> str | None:
+    """Return what a cell's ``mystnb`` metadata lacks for its figure, or None when name, caption and alt are there."""
+    told = cell.metadata.get("mystnb", {})
+    figure, alt = told.get("figure", {}), str(told.get("image", {}).get("alt", ""))
+    if not figure.get("name") or not figure.get("caption"):
+        return "name and caption (mystnb: figure: {name, caption})"
+    if len(alt) < MIN_ALT:
+        return f"alternative text of at least {MIN_ALT} characters (mystnb: image: {{alt}})"
+    return None
+
+
+def text(source: Path) -> str:
+    """Return the content of the ``.ipynb`` of a source file."""
     return str(nbformat.writes(to_notebook(source))) + "\n"
 
 

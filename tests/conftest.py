@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 import numpy as np
 import pytest
 import torch
+from built import browser, html, site, visit  # noqa: F401 (the fixtures of tests/browser)
 from torch import nn
 
 from hessnb.data import Splits, data_root, load, where

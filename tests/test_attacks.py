@@ -35,6 +35,8 @@ from hessnb.attacks.ball import Norm
 from hessnb.attacks.loop import Attack, wrongness
 from hessnb.attacks.second_order import Solver
 from hessnb.curvature import input_hessian, input_hessian_solve
+from hessnb.curvature.checks import finite
+from hessnb.curvature.evaluation import differentiable
 from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.models import INPUT_SHAPES, build, eval_mode
@@ -707,3 +709,33 @@ def test_rounding_hides_the_true_class_from_the_plain_gradient_of_a_confident_sa
     assert torch.equal(plain.sign().flatten(), torch.tensor([0.0, 1.0]))  # p_1 - 1 is zero: no way down the first logit
     less = fgsm(Confident(5.0), x, y, eps=0.1, precision="plain") - x
     assert torch.equal(less.sign(), exact.sign())
+
+
+# -- layout and finiteness -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attack", ALL)
+def test_the_strides_of_the_samples_are_of_no_account(attack: str) -> None:
+    """Images of one channel that were once (N, H, W, C) are contiguous too, with a stride of 1 between channels."""
+    model, (x, y) = network("wide"), samples(5)
+    turned = torch.empty(5, 8, 8, 1, dtype=x.dtype).copy_(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert turned.stride() == (64, 1, 8, 1)
+    assert turned.is_contiguous()
+    torch.testing.assert_close(
+        ALL[attack](model, turned, y, eps=0.1), ALL[attack](model, x, y, eps=0.1), rtol=0, atol=1e-9
+    )
+    leaf, _ = differentiable(model, turned)
+    assert leaf.stride() == (64, 64, 8, 1)
+    leaf, _ = differentiable(model.float(), turned.float())
+    assert leaf.stride() == (64, 1, 8, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_entry_that_is_not_finite_is_seen_wherever_it_is(value: float, dtype: torch.dtype) -> None:
+    x = torch.zeros(3, 5, dtype=dtype)
+    assert finite(x)
+    for i in (0, 7, 14):
+        assert not finite(torch.where(torch.arange(15).view(3, 5) == i, value, x))
+    assert finite(x[:0])
+    assert finite(x.long())

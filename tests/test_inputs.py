@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessnb.curvature import (
+    closed_form,
     input_curvature,
     input_gradient_norms,
     input_hessian,
     input_hessian_eigenvalues,
     input_hessian_solve,
+    input_lanczos,
     inputs,
     is_piecewise_linear,
 )
@@ -896,7 +898,8 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(x))
         return forward(model, x)
 
-    monkeypatch.setattr(inputs, "differentiable", noted)
+    for module in (closed_form, input_lanczos, inputs):
+        monkeypatch.setattr(module, "differentiable", noted)
     return sizes
 
 

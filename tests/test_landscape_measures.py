@@ -48,7 +48,7 @@ def test_every_figure_of_the_paper_is_in_the_grid_of_every_profile(name: str, pr
 
 def test_line_goes_along_the_dominant_eigenvector_and_curves_as_the_eigenvalue_says(store: Store) -> None:
     task = first("fig6")
-    (line,) = task.measures
+    _, line, _ = task.measures
     assert isinstance(line, LossLine)
     found = values(store, task.spec, line)
     spectrum = values(store, task.spec, line.along)
@@ -81,7 +81,7 @@ def test_plane_holds_the_line(store: Store) -> None:
     found = values(store, plane.spec, square)["losses"]
     assert isinstance(found, dict)
     assert set(found) == {"train", "test"}
-    along = line.measures[0].model_copy(update={"points": square.points})
+    along = line.measures[1].model_copy(update={"points": square.points})
     on_line = values(store, plane.spec, along)["losses"]
     assert isinstance(on_line, dict)
     middle = square.points // 2
@@ -145,7 +145,7 @@ def test_density_has_the_mass_and_the_mean_of_the_spectrum(store: Store) -> None
 
 def test_interrupted_landscape_goes_on_from_its_points(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     task = first("fig8")
-    (line,) = task.measures
+    _, line, _ = task.measures
     assert isinstance(line, LossLine)
     values(store, task.spec, line.along)
 
@@ -169,8 +169,8 @@ def test_interrupted_landscape_goes_on_from_its_points(store: Store, monkeypatch
 
 def test_vectors_are_of_length_one_and_orthogonal_and_survive_a_reopening(store: Store, tmp_path: Path) -> None:
     task = first("fig6")
-    values(store, task.spec, task.measures[0])
-    vectors = Store(store.root).vectors(task.spec, task.measures[0].along)  # type: ignore[union-attr]
+    values(store, task.spec, task.measures[1])
+    vectors = Store(store.root).vectors(task.spec, task.measures[1].along)  # type: ignore[union-attr]
     assert vectors is not None
     assert vectors.dtype == torch.float32
     assert torch.allclose(vectors @ vectors.T, torch.eye(2), atol=1e-5)

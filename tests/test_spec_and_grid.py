@@ -166,9 +166,23 @@ def test_figures_share_the_runs_of_the_tables_and_the_eigenvectors_of_their_spec
     assert [task.spec for task in figure if task.spec.model.name == "M1"] == [task.spec for task in lines] == runs
     assert [task.spec for task in planes] == [runs[0], runs[-1]]
     for drawn in (*lines, *planes):
-        (measure,) = drawn.measures
-        assert isinstance(measure, LossLine | LossPlane)
-        assert measure.along in next(task for task in table if task.spec == drawn.spec).measures
+        there = next(task for task in table if task.spec == drawn.spec).measures
+        for measure in drawn.measures:
+            assert (measure.along if isinstance(measure, LossLine | LossPlane) else measure) in there
+    for drawn in lines:  # with its eigenvalue, and once more close to the network
+        eigenvalue, far, close = drawn.measures
+        assert isinstance(far, LossLine)
+        assert isinstance(close, LossLine)
+        assert far.along == close.along == eigenvalue
+        assert (far.reach, close.reach) == (profile.landscape.reach, profile.landscape.reach / 100)
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "laptop", "paper"])
+def test_batch_that_is_drawn_is_not_larger_than_the_training_set(profile: str) -> None:
+    settings = load_profile(profile)
+    for name, network in settings.large_batch.items():
+        if name != "CR" and network.data.n_train is not None:
+            assert settings.landscape.batch <= network.data.n_train
 
 
 def _with(tmp_path: Path, old: str, new: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,19 +28,19 @@ class Ball:
     def step(self, x: Tensor, along: Tensor, length: Tensor) -> Tensor:
         """Return where steps of ``length`` (n,) from x (n, ...) along directions (n, d) of any length end."""
         unit = along.sign() if self.norm == "linf" else normalised(along)
-        return self.project(x + (length[:, None] * unit).view_as(x))
+        return self.project(torch.addcmul(x.flatten(1), length[:, None], unit).view_as(x))
 
     def project(self, x: Tensor) -> Tensor:
         """Return the nearest points of the ball, clipped."""
         offset = (x - self.centre).flatten(1)
         radius = self.radius[:, None]
         if self.norm == "linf":
-            offset = offset.clamp(-radius, radius)
+            offset.clamp_(-radius, radius)
         else:
             norm = torch.linalg.vector_norm(offset, dim=1, keepdim=True)
-            offset = torch.where(norm > radius, offset * (radius / norm), offset)
-        x = self.centre + offset.view_as(x)
-        return x if self.bounds is None else x.clamp(*self.bounds)
+            offset *= torch.where(norm > radius, radius / norm, 1.0)
+        x = offset.view_as(x).add_(self.centre)
+        return x if self.bounds is None else x.clamp_(*self.bounds)
 
     def inside(self, noise: Tensor) -> Tensor:
         """Return the points of the ball that belong to points (n, d) of the unit ball, clipped."""
@@ -57,7 +58,7 @@ def unit_ball(n: int, d: int, norm: Norm, generator: torch.Generator) -> Tensor:
 
 def normalised(v: Tensor) -> Tensor:
     """Return vectors (n, d) of length one in the same directions, however short they are; zero stays zero."""
-    largest = v.abs().amax(1, keepdim=True)
+    largest = torch.linalg.vector_norm(v, ord=math.inf, dim=1, keepdim=True)
     v = torch.where(largest > 0, v / largest, 0.0)
     length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     return torch.where(length > 0, v / length, 0.0)

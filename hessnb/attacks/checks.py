@@ -30,7 +30,7 @@ def inside(bounds: Bounds, x: Tensor) -> None:
     low, high = bounds
     if not low < high:
         raise InputError(f"bounds = {bounds}: the lower bound must be below the upper; None does not clip")
-    least, most = float(x.min()), float(x.max())
+    least, most = map(float, torch.aminmax(x))
     if least < low or most > high:
         raise InputError(
             f"the inputs go from {least:g} to {most:g}, outside the bounds {bounds}: scale them, put normalisation "

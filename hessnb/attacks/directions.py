@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hessnb.attacks.ball import Norm, normalised
 from hessnb.attacks.loop import Point, Step, wrongness
+from hessnb.curvature.closed_form import ClosedForm, closed_form
 from hessnb.curvature.evaluation import differentiable
-from hessnb.curvature.inputs import ClosedForm, closed_form
-from hessnb.curvature.inputs import input_products as products
+from hessnb.curvature.input_lanczos import input_products as products
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -70,8 +70,9 @@ def conjugate_gradients(point: Point, *, steps: int, damping: float, tol: float)
 def newton(point: Point, *, damping: float) -> Step:
     """(H + damping I)^-1 g in closed form; for damping 0, H^+ g. For piecewise linear networks."""
     form, slope, _ = _factorised(point)
-    g = _combined(form, slope)
-    solved = form.pseudo_inverse(g.double()) if damping == 0 else form.damped_inverse(g.double(), damping)
+    w = _of_rows(form, slope)
+    g = form.combined(w)
+    solved = form.pseudo_inverse(_along(form, w)) if damping == 0 else form.damped_inverse(g.double(), damping)
     return Step(along=solved.to(g.dtype), gradient=g)
 
 
@@ -81,7 +82,8 @@ def best_damping(point: Point, *, dampings: tuple[float, ...]) -> Step:
     Below -1 it is -(H + gamma I)^-1 g, which ascends too.
     """
     form, slope, _ = _factorised(point)
-    g = _combined(form, slope)
+    w = _of_rows(form, slope)
+    g = form.combined(w)
     largest = torch.linalg.eigvalsh(form.small)[:, -1]
     found, most = g, torch.full_like(largest, -math.inf)
     for multiple in dampings:
@@ -89,7 +91,7 @@ def best_damping(point: Point, *, dampings: tuple[float, ...]) -> Step:
         if math.isfinite(multiple):
             # Where nothing is curved, the gradient is all that there is.
             gamma = torch.where(largest > 0, multiple * largest, 1.0)
-            along = form.pseudo_inverse(g.double()) if multiple == 0 else form.damped_inverse(g.double(), gamma)
+            along = form.damped_inverse(g.double(), gamma) if multiple else form.pseudo_inverse(_along(form, w))
             along = math.copysign(1.0, multiple) * along.to(g.dtype)
             along = torch.where(torch.isfinite(along).all(1, keepdim=True), along, g)
         with torch.no_grad():
@@ -107,7 +109,7 @@ def nearest(point: Point, *, norm: Norm, damping: float) -> Step:
     eigenvalue, the way (H + gamma I)^-1 w_j, and the distance that of the metric H + gamma I.
     """
     form, slope, logits = _factorised(point)
-    g = _combined(form, slope)
+    g = form.combined(_of_rows(form, slope))
     n, c = logits.shape
     s = logits.double()
     largest = torch.linalg.eigvalsh(form.small)[:, -1]
@@ -115,7 +117,7 @@ def nearest(point: Point, *, norm: Norm, damping: float) -> Step:
     for shift in range(1, c):
         j = (point.y + shift) % c
         choice = torch.zeros_like(s).scatter_(1, j[:, None], 1.0).scatter_(1, point.y[:, None], -1.0)
-        w = _combined(form, choice)
+        w = form.combined(_of_rows(form, choice))
         along = w
         if math.isfinite(damping):
             along = form.damped_inverse(w.double(), torch.where(largest > 0, damping * largest, 1.0)).to(w.dtype)
@@ -147,10 +149,14 @@ def _factorised(point: Point) -> tuple[ClosedForm, Tensor, Tensor]:
     return closed_form(leaf, logits), _slope(logits, point.y), logits.detach()
 
 
-def _combined(form: ClosedForm, weights: Tensor) -> Tensor:
-    """Return J^T w (n, d) for weights (n, c) of the logits that add up to zero: the reference class drops out."""
-    w = weights.gather(1, form.classes).to(form.rows.dtype)
-    return (w[:, None] @ form.rows)[:, 0]
+def _of_rows(form: ClosedForm, weights: Tensor) -> Tensor:
+    """Return weights (n, c) of the logits that add up to zero as those of the rows: the reference class drops out."""
+    return weights.gather(1, form.classes)
+
+
+def _along(form: ClosedForm, weights: Tensor) -> Tensor:
+    """Return K g (n, c - 1) for g = K^T w, which the Gram matrix knows without the rows."""
+    return (form.gram @ weights[:, :, None])[:, :, 0]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

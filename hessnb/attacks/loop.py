@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hessnb.attacks import checks
 from hessnb.attacks.ball import Ball, Bounds, Norm, normalised, unit_ball
+from hessnb.curvature.closed_form import require_piecewise_linear
 from hessnb.curvature.evaluation import check_samples, evaluation, in_float64
 
 Precision = Literal["float64", "own", "plain"]
@@ -100,12 +101,14 @@ def perturb(
     step_size: float | Tensor | None = None,
     restarts: int = 1,
     generator: torch.Generator | None = None,
+    piecewise_linear: bool = False,
 ) -> Perturbation:
     """Attack ``x`` (N, ...) with labels ``y`` (N,) within ``eps`` in the ``norm``, times sqrt(d) for "sqrt_dim".
 
     ``step_size`` is in the units of eps, eps / steps unless given. The first start is x itself, the ``restarts`` - 1
     others are drawn from the ball; of each sample the worst end is kept, that is a misclassified one if there is one,
-    and the one of largest loss among these. For the rest, and the errors, see `hessnb.attacks`.
+    and the one of largest loss among these. ``piecewise_linear``: whether the direction needs such a network. For the
+    rest, and the errors, see `hessnb.attacks`.
     """
     check_samples(model, x, y, probes=2)  # one gradient of a small batch costs little more than many probes
     radius = checks.per_sample("eps", eps, x)
@@ -121,6 +124,8 @@ def perturb(
     unit = math.sqrt(x[0].numel()) if scale == "sqrt_dim" else 1.0
     generator = generator or torch.Generator().manual_seed(0)
     checks.at_least_one("batch_size", batch_size)
+    if piecewise_linear:
+        require_piecewise_linear(model, x, remedy="solver='cg', as fhsm and l2_hessian have it")
     kept: list[Perturbation] = []
     with evaluation(model):
         with torch.no_grad():
@@ -163,29 +168,28 @@ def _walk(
     zero_gradients = zeros.long()
     for _ in range(steps):
         step = direction(Point(forward, x, y, partial(ball.step, x, length=length), plain))
-        gradient = step.gradient
-        along = step.along
+        gradient, along = step.gradient, step.along
+        some = gradient.any(1)
         if along is not gradient:  # a direction that overflowed is none
-            along = torch.where(torch.isfinite(along).all(1, keepdim=True), along, gradient)
-        zero_gradients += ~gradient.any(1)
+            largest = torch.linalg.vector_norm(along, ord=math.inf, dim=1, keepdim=True)
+            along = torch.where(torch.isfinite(largest), along, gradient)
+        zero_gradients += ~some
         x = ball.step(x, along, length)
     x_adv = x.to(given.dtype)
     x_adv = x_adv if ball.bounds is None else x_adv.clamp(*ball.bounds)  # again, in this dtype
-    change = (x_adv.double() - given.double()).flatten(1)
+    change = (x_adv.double() - ball.centre).flatten(1)
     return Perturbation(
         x_adv=x_adv,
-        linf=change.abs().amax(1),
+        linf=torch.linalg.vector_norm(change, ord=math.inf, dim=1),
         l2=torch.linalg.vector_norm(change, dim=1),
         zero_gradients=zero_gradients,
-        cosine=_cosine(along, gradient),
+        cosine=some.double() if along is gradient else _cosine(along, gradient),
         cg_steps=zeros.long() if step.cg_steps is None else step.cg_steps,
         residual=zeros if step.residual is None else step.residual.double(),
     )
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    if a is b:
-        return b.any(1).double()
     return (normalised(a.double()) * normalised(b.double())).sum(1)
 
 

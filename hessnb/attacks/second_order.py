@@ -17,8 +17,6 @@ from hessnb.attacks import checks
 from hessnb.attacks.ball import Bounds, Norm
 from hessnb.attacks.directions import best_damping, conjugate_gradients, nearest, newton
 from hessnb.attacks.loop import Attack, Direction, Perturbation, Precision, Scale, perturb
-from hessnb.curvature.evaluation import check_samples
-from hessnb.curvature.inputs import require_piecewise_linear
 from hessnb.errors import InputError
 
 Solver = Literal["cg", "exact"]
@@ -44,8 +42,8 @@ def fhsm(
 ) -> Perturbation:
     """Step by eps sign(s), (H + damping I) s = g: FHSM of Table 5. Linf radius eps. The solvers are `l2_hessian`'s."""
     return perturb(
-        model, x, y, _solved(model, x, y, solver, cg_steps, damping, tol), eps=eps, norm="linf", bounds=bounds,
-        precision=precision, batch_size=batch_size,
+        model, x, y, _solved(solver, cg_steps, damping, tol), eps=eps, norm="linf", bounds=bounds,
+        precision=precision, batch_size=batch_size, piecewise_linear=solver == "exact",
     )  # fmt: skip
 
 
@@ -73,8 +71,8 @@ def l2_hessian(
     damping or a tol that is negative or not finite.
     """
     return perturb(
-        model, x, y, _solved(model, x, y, solver, cg_steps, damping, tol), eps=eps, norm="l2", scale=scale,
-        bounds=bounds, precision=precision, batch_size=batch_size,
+        model, x, y, _solved(solver, cg_steps, damping, tol), eps=eps, norm="l2", scale=scale, bounds=bounds,
+        precision=precision, batch_size=batch_size, piecewise_linear=solver == "exact",
     )  # fmt: skip
 
 
@@ -100,12 +98,12 @@ def damped_newton(
     below -1 stands for this nu. All follow from one closed form and cost a forward pass each. For "l2" the radius is
     that of `l2_hessian`, for "linf" that of `fhsm`. For piecewise linear networks; others are an InputError.
     """
-    _with_closed_form(model, x, y)
     if not dampings or not all(gamma >= 0 or -math.inf < gamma < -1 for gamma in dampings):
         raise InputError(f"dampings = {dampings}: give at least one, each 0, positive, infinite, or below -1")
     return perturb(
         model, x, y, partial(best_damping, dampings=dampings), eps=eps, norm=norm,
         scale=scale if norm == "l2" else "unit", bounds=bounds, precision=precision, batch_size=batch_size,
+        piecewise_linear=True,
     )  # fmt: skip
 
 
@@ -129,27 +127,19 @@ def nearest_class(
     With a finite ``damping``, a multiple of each sample's largest eigenvalue, along (H + damping I)^-1 w, with j the
     nearest in that metric. Radius and errors are those of `damped_newton`.
     """
-    _with_closed_form(model, x, y)
     if not damping > 0:
         raise InputError(f"damping = {damping}: it must be positive; infinity is the distance in pixels")
     return perturb(
         model, x, y, partial(nearest, norm=norm, damping=damping), eps=eps, norm=norm,
         scale=scale if norm == "l2" else "unit", bounds=bounds, precision=precision, batch_size=batch_size,
+        piecewise_linear=True,
     )  # fmt: skip
 
 
-def _solved(
-    model: nn.Module, x: Tensor, y: Tensor, solver: Solver, cg_steps: int, damping: float, tol: float
-) -> Direction:
+def _solved(solver: Solver, cg_steps: int, damping: float, tol: float) -> Direction:
     checks.not_negative("damping", damping)
     checks.among("solver", solver, ["cg", "exact"])
     if solver == "cg":
         steps = checks.at_least_one("cg_steps", cg_steps)
         return partial(conjugate_gradients, steps=steps, damping=damping, tol=checks.not_negative("tol", tol))
-    _with_closed_form(model, x, y)
     return partial(newton, damping=damping)
-
-
-def _with_closed_form(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    check_samples(model, x, y, probes=2)
-    require_piecewise_linear(model, x, remedy="solver='cg', as fhsm and l2_hessian have it")

@@ -48,8 +48,13 @@ def sound_model(model: nn.Module) -> None:
             raise InputError(f"the parameters have different {what}s ({', '.join(sorted(found))}); use model.to(...)")
     for name, tensor in _named(model):
         _check_differentiable(name, tensor)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not finite(tensor):
             raise InputError(f"{name} holds NaN or infinity: did its training diverge?")
+
+
+def finite(tensor: Tensor) -> bool:
+    """Return whether all entries of a tensor are finite: its extremes are, in one pass and without a mask."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def read_twice(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Pairs, Pairs | None]:
@@ -102,7 +107,7 @@ def data(pairs: Pairs, device: torch.device, dtype: torch.dtype) -> None:
             raise InputError(f"batch {i} is on {x.device} and {y.device}, the model on {device}; move one of them")
         if x.is_floating_point() and x.dtype != dtype:
             raise InputError(f"the inputs of batch {i} are {x.dtype}, the parameters {dtype}; convert one of them")
-        if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(y).all()):
+        if not finite(x) or not finite(y):
             raise InputError(f"batch {i} holds NaN or infinity; clean the data")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hessnb.curvature import checks
+from hessnb.curvature.memory import held_bytes
 from hessnb.curvature.precision import full_precision
 from hessnb.errors import InputError
 from hessnb.models import eval_mode
@@ -40,9 +41,12 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 def differentiable(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the inputs as a leaf to differentiate by, and the logits (N, c)."""
-    leaf = x.detach().clone().requires_grad_()
+    # PyTorch's float64 convolutions on a CPU take three times as long where the strides are not those of (N, C, H, W),
+    # as of images of one channel that were once (N, H, W, C); those of float32 are at ease with both.
+    layout = torch.contiguous_format if x.dtype == torch.float64 else torch.preserve_format
+    leaf = x.detach().clone(memory_format=layout).requires_grad_()
     logits = forward(leaf.clone())  # a copy, since networks may work in place
-    if not bool(torch.isfinite(logits).all()):
+    if not checks.finite(logits.detach()):
         raise InputError("the model's outputs are not finite for some inputs: look for overflow")
     return leaf, logits
 
@@ -92,3 +96,13 @@ def check_samples(model: nn.Module, x: Tensor, y: Tensor | None, probes: int = P
         checks.labels(outputs, pairs)
     with evaluation(model):
         checks.independent_samples(model, lambda part: model(part.clone()), x[:probes])
+
+
+def in_chunks(
+    model: nn.Module, x: Tensor, y: Tensor | None, memory: int, extra: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through samples and labels in chunks of about ``memory`` bytes: three graphs' worth and ``extra`` a sample."""
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
+    graph = held_bytes(lambda: differentiable(model, x[:1]), [*model.parameters(), *model.buffers()])
+    size = max(1, memory // max(1, 3 * graph + extra))  # a graph that is only views holds nothing
+    yield from zip(x.split(size), labels.split(size), strict=True)

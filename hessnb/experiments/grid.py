@@ -194,13 +194,18 @@ def _fig1(profile: Profile, seed: int) -> list[Task]:
     return [Task(network.spec(b, seed), (_full(profile),)) for network in networks for b in network.batch_sizes]
 
 
+# How many times closer to the network the line is drawn once more, so that its second derivative there can be seen.
+_CLOSER = 100
+
+
 def _lines(name: str) -> Tasks:
-    """Return the losses along the dominant eigenvector, for each batch size."""
+    """Return the dominant eigenvalue and the losses along its eigenvector, far and near, for each batch size."""
 
     def tasks(profile: Profile, seed: int) -> list[Task]:
         network, drawn = profile.large_batch[name], profile.landscape
         line = LossLine(along=_leading(profile), reach=drawn.reach, points=drawn.line_points, batch=drawn.batch)
-        return [Task(network.spec(batch_size, seed), (line,)) for batch_size in network.batch_sizes]
+        close = line.model_copy(update={"reach": drawn.reach / _CLOSER, "points": 5})
+        return [Task(network.spec(batch_size, seed), (line.along, line, close)) for batch_size in network.batch_sizes]
 
     return tasks
 

@@ -106,6 +106,16 @@ def _spectrum(
     return found, operator
 
 
+def eigenvectors(
+    store: Store, spec: RunSpec, measure: Spectrum, device: torch.device, report: Report = silent, label: str = ""
+) -> Tensor:
+    """Return the leading eigenvectors (j, n) of a spectrum on a device, solving for them if the store lacks them."""
+    kept = store.vectors(spec, measure)
+    if kept is None:
+        kept = _spectrum(store, spec, measure, device, report, label)[0].eigenvectors
+    return kept.to(device)
+
+
 def _values(found: EigenResult, operator: HessianOperator) -> dict[str, object]:
     return {
         "eigenvalues": found.eigenvalues.tolist(),
@@ -186,10 +196,7 @@ def _landscape(
         parent = trained_model(store, spec.parent, device)
         found = between(parent, model, F.cross_entropy, sets, places, keep=keep, progress=progress)
     else:
-        vectors = store.vectors(spec, measure.along)
-        if vectors is None:
-            vectors = _spectrum(store, spec, measure.along, device, report, label)[0].eigenvectors
-        v = vectors.to(device)
+        v = eigenvectors(store, spec, measure.along, device, report, label)
         places = torch.linspace(-measure.reach, measure.reach, measure.points, dtype=torch.float64)
         if isinstance(measure, LossLine):
             found = along(model, F.cross_entropy, sets, v[0], places, keep=keep, progress=progress)
