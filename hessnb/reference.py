@@ -21,6 +21,7 @@ PAGES = {
     "attacks": ("hessnb.attacks",),
     "robustness": ("hessnb.robustness",),
     "landscape": ("hessnb.landscape",),
+    "sharpness": ("hessnb.sharpness",),
     "statistics": ("hessnb.statistics",),
     "experiments": (
         "hessnb.experiments.run",

@@ -86,6 +86,12 @@ def test_the_strided_m1_takes_the_same_images() -> None:
     assert small("M1", variant="strided")(images("M1")).shape == (2, 10)
 
 
+def test_the_normalised_m1_is_m1_on_normalised_images() -> None:
+    plain, normalised = (build("M1", variant=variant, seed=3) for variant in (None, "normalised"))
+    assert torch.equal(normalised(images("M1")), plain((images("M1") - 0.1307) / 0.3081))
+    assert parameter_count(normalised) == parameter_count(plain)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_width_scales_every_layer(name: str) -> None:
     def sizes(width: float) -> list[int]:
@@ -133,7 +139,9 @@ def test_pooling_before_the_relu_is_the_same_function() -> None:
     assert torch.equal(nn.Sequential(*layers)(images("M1")), m1(images("M1")))
 
 
-@pytest.mark.parametrize(("name", "variant"), [*((name, None) for name in MODELS), ("M1", "strided")])
+@pytest.mark.parametrize(
+    ("name", "variant"), [*((name, None) for name in MODELS), ("M1", "strided"), ("M1", "normalised")]
+)
 def test_logits_are_piecewise_linear_in_the_input_in_eval_mode(name: str, variant: str | None) -> None:
     model = small(name, variant=variant).double()
     model(images(name, 8).double())  # in train mode: gives batch norm statistics of its own
@@ -163,7 +171,7 @@ def slopes(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     [
         ({"name": "M2"}, "unknown model 'M2'; there is: M1, C1, C2, C3, CR"),
         ({"name": "C1", "variant": "strided"}, "unknown variant of C1 'strided'"),
-        ({"name": "M1", "variant": "dilated"}, "unknown variant of M1 'dilated'; there is: strided, none"),
+        ({"name": "M1", "variant": "dilated"}, "unknown variant of M1 'dilated'; there is: strided, normalised, none"),
         ({"name": "M1", "num_classes": 1}, "num_classes = 1"),
         ({"name": "M1", "num_classes": 0}, "num_classes = 0"),
         ({"name": "M1", "width": 0.0}, "width = 0.0"),

@@ -30,6 +30,7 @@ _EPOCHS = {
     "spectrum": 150.0,
     "density": 200.0,
     "loss_plane": 300.0,
+    "sharpness": 500.0,
     "power_iteration": 1000.0,
 }
 _EPOCHS_OF_OTHERS = 100.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hessnb import models
@@ -11,6 +11,7 @@ from hessnb.attacks import ATTACKS, BEYOND
 from hessnb.errors import InputError, unknown
 from hessnb.experiments.profile import AdversarialTraining, LargeBatch, Profile
 from hessnb.experiments.spec import (
+    AUTOATTACK,
     SECOND_ORDER,
     SPLITS,
     AttackAccuracy,
@@ -23,6 +24,7 @@ from hessnb.experiments.spec import (
     Measure,
     PowerIteration,
     RunSpec,
+    Sharpness,
     Spectrum,
 )
 
@@ -299,6 +301,68 @@ def _stopping(profile: Profile, seed: int) -> list[Task]:
     return [Task(m1.spec(m1.batch_sizes[0], seed), measures)]
 
 
+def _edge(profile: Profile, seed: int) -> list[Task]:
+    """Return the largest eigenvalue along gradient descent at each learning rate."""
+    edge = profile.edge
+    return [Task(edge.spec(lr, seed), (Sharpness(points=edge.points, tol=edge.tol),)) for lr in edge.lr]
+
+
+def _sharpening(profile: Profile, seed: int) -> list[Task]:
+    """Return the largest eigenvalue along the trainings of the smallest and the largest batch."""
+    m1, edge = profile.large_batch["M1"], profile.edge
+    followed = Sharpness(points=edge.points, tol=edge.tol, samples=edge.samples)
+    return [Task(m1.spec(batch_size, seed), (followed,)) for batch_size in _extremes(m1)]
+
+
+def _strong(profile: Profile, seed: int) -> list[Task]:
+    """Return the accuracies of original and robust networks under one step, many with restarts, and AutoAttack."""
+    settings, strong = profile.adversarial["M1"], profile.strong
+    restarts = {"FGSM": None, "PGD": strong.restarts, AUTOATTACK: None}
+    measures = tuple(
+        AttackAccuracy(
+            split="test", attack=AttackSpec(method=method, eps=eps, clip=True, restarts=restarts[method]), n=strong.n
+        )
+        for eps in strong.eps
+        for method in restarts
+    )
+    robust = [settings.robust(method, seed) for method in strong.trainings]
+    return [Task(network, measures) for network in (settings.original(seed), *robust)]
+
+
+def _compared(profile: Profile) -> tuple[Measure, ...]:
+    """Return what seeds and sweeps compare: the leading eigenvalues, and the accuracy under FGSM of the middle size."""
+    m1 = profile.large_batch["M1"]
+    attack = AttackSpec(method="FGSM", eps=sorted(m1.eps)[len(m1.eps) // 2], clip=True)
+    return _leading(profile), AttackAccuracy(split="test", attack=attack)
+
+
+def _seeds(profile: Profile, seed: int) -> list[Task]:
+    """Return the smallest and the largest batch, to be compared over several seeds."""
+    m1 = profile.large_batch["M1"]
+    return [Task(m1.spec(batch_size, seed), _compared(profile)) for batch_size in _extremes(m1)]
+
+
+def _swept(profile: Profile, seed: int, batch_size: int, variant: str | None = None, rate: float = 1.0) -> Task:
+    """Return M1 of section 3.1 in another variant or with a multiple of the learning rate."""
+    spec = profile.large_batch["M1"].spec(batch_size, seed)
+    model = spec.model.model_copy(update={"variant": variant})
+    recipe = replace(spec.recipe, lr=round(rate * spec.recipe.lr, 6))
+    return Task(RunSpec(data=spec.data, model=model, recipe=recipe), _compared(profile))
+
+
+def _rates(profile: Profile, seed: int) -> list[Task]:
+    return [_swept(profile, seed, profile.sweep.batch_sizes[0], rate=rate) for rate in profile.sweep.rates]
+
+
+def _readings(variant: str) -> Tasks:
+    """Return M1 as it is taken here and in a variant."""
+    return lambda profile, seed: [
+        _swept(profile, seed, batch_size, taken)
+        for batch_size in profile.sweep.batch_sizes
+        for taken in (None, variant)
+    ]
+
+
 ARTEFACTS = {
     artefact.name: artefact
     for artefact in (
@@ -326,6 +390,13 @@ ARTEFACTS = {
         Artefact("fig13", "Loss along an eigenvector, original and robust (C3)", _robust_lines("C3")),
         Artefact("density", "Spectral density of the Hessian against batch size (M1)", _densities),
         Artefact("layers", "Hessian eigenvalues layer by layer, smallest and largest batch (M1)", _layers),
+        Artefact("edge", "Largest eigenvalue along gradient descent, by learning rate (M1)", _edge),
+        Artefact("sharpening", "Largest eigenvalue along training, smallest and largest batch (M1)", _sharpening),
+        Artefact("strong", "Original and robust networks under FGSM, PGD and AutoAttack (M1)", _strong),
+        Artefact("seeds", "Smallest and largest batch, by seed (M1)", _seeds),
+        Artefact("silent_lr", "Curvature and robustness against the learning rate (M1)", _rates),
+        Artefact("silent_variant", "M1 with pooling, and with strides as in Table 6", _readings("strided")),
+        Artefact("silent_input", "M1 on pixels as they are, and normalised", _readings("normalised")),
         Artefact("stopping", "The paper's power iteration beside certified eigenvalues (M1)", _stopping),
     )
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 
 import torch
@@ -23,7 +23,7 @@ from hessnb.curvature import (
     spectral_density,
 )
 from hessnb.errors import InputError
-from hessnb.experiments.networks import attack_function, drawn, load_split, trained_model
+from hessnb.experiments.networks import attack_function, drawn, load_data, load_split, new_model, trained_model
 from hessnb.experiments.spec import (
     SPLITS,
     AttackAccuracy,
@@ -36,11 +36,13 @@ from hessnb.experiments.spec import (
     Measure,
     PowerIteration,
     RunSpec,
+    Sharpness,
     Spectrum,
     SplitName,
 )
 from hessnb.experiments.store import Store
 from hessnb.landscape import along, between, on_plane
+from hessnb.sharpness import sharpness_along
 
 # Samples per minibatch of a Hessian-vector product: on a CPU the fastest of 100 to 2,500 for M1; a GPU wants more.
 HESSIAN_BATCH = {"cpu": 250, "cuda": 2000}
@@ -72,6 +74,8 @@ def measured(
             return _landscape(store, spec, measure, device, report, label)
         case Density():
             return _density(store, spec, measure, device, report, label)
+        case Sharpness():
+            return _sharpness(store, spec, measure, device, report, label)
         case Spectrum():
             return _values(*_spectrum(store, spec, measure, device, report, label))
         case PowerIteration():
@@ -140,6 +144,33 @@ def _density(
     }
 
 
+def _sharpness(
+    store: Store, spec: RunSpec, measure: Sharpness, device: torch.device, report: Report, label: str
+) -> dict[str, object]:
+    """Train a run again for as many epochs as it took, and solve for the largest eigenvalue on the way."""
+    result, splits = store.result(spec), load_data(spec.data, str(device))
+    if result is None:
+        raise InputError(f"{spec.label} is not trained yet: train it, then follow its sharpness")
+    parent = spec.parent and trained_model(store, spec.parent, device)
+    epochs = torch.linspace(0, len(result.history), measure.points).round().int().tolist()
+
+    def progress(epoch: int) -> None:
+        report(label, epoch / (len(result.history) + 1), f"epoch {epoch}")
+
+    points = sharpness_along(
+        parent or new_model(spec, len(splits.classes)).to(device),
+        splits,
+        replace(spec.recipe, max_epochs=len(result.history), loss_target=None),
+        set(epochs),
+        tol=measure.tol,
+        samples=None if measure.samples is None else drawn(len(splits.train), measure.samples, 0),
+        batch_size=HESSIAN_BATCH[device.type],
+        perturbation=attack_function(spec.attack) if spec.attack else None,
+        progress=progress,
+    )
+    return {field.name: [getattr(point, field.name) for point in points] for field in fields(points[0])}
+
+
 def _landscape(
     store: Store,
     spec: RunSpec,
@@ -192,8 +223,10 @@ def _input_curvature(model: nn.Module, split: data.Split) -> dict[str, object]:
 def _attack_accuracy(
     store: Store, spec: RunSpec, measure: AttackAccuracy, device: torch.device, report: Report, label: str
 ) -> dict[str, object]:
-    clean = load_split(spec, measure.split, device)
-    attacked = adversarial_examples(store, measure.source or spec, measure.attack, measure.split, device, report, label)
+    clean = load_split(spec, measure.split, device).head(measure.n)
+    attacked = adversarial_examples(
+        store, measure.source or spec, measure.attack, measure.split, device, report, label, measure.n
+    )
     loss, accuracy = training.evaluate(trained_model(store, spec, device), data.Split(attacked, clean.labels))
     moved = (attacked - clean.images).flatten(1)
     return {
@@ -214,12 +247,13 @@ def adversarial_examples(
     device: torch.device,
     report: Report = silent,
     label: str = "",
+    n: int | None = None,
 ) -> Tensor:
-    """Return the images (N, C, H, W) of a split, attacked on the trained network of ``spec``."""
-    n_batches = -(-len(load_split(spec, split, device)) // ATTACK_BATCH)
+    """Return the images (N, C, H, W) of a split, or its first ``n``, attacked on the trained network of ``spec``."""
+    n_batches = -(-len(load_split(spec, split, device).head(n)) // ATTACK_BATCH)
     parts = []
     for i in range(n_batches):
-        parts.append(_attacked(store, spec, attack, split, device, i))
+        parts.append(_attacked(store, spec, attack, split, device, i, n))
         report(label, (i + 1) / (n_batches + 1), "")
     return torch.cat(parts)
 
@@ -227,9 +261,9 @@ def adversarial_examples(
 # Six networks in turn are shown the same five sets of 10 batches: they are kept.
 @lru_cache(maxsize=50)
 def _attacked(
-    store: Store, spec: RunSpec, attack: AttackSpec, split: SplitName, device: torch.device, batch: int
+    store: Store, spec: RunSpec, attack: AttackSpec, split: SplitName, device: torch.device, batch: int, n: int | None
 ) -> Tensor:
-    images, labels = load_split(spec, split, device).batches(ATTACK_BATCH)[batch]
+    images, labels = load_split(spec, split, device).head(n).batches(ATTACK_BATCH)[batch]
     return attack_function(attack)(trained_model(store, spec, device), images, labels)
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from hessnb import data, models, training
-from hessnb.attacks import ATTACKS, BEYOND
+from hessnb.attacks import ATTACKS, BEYOND, autoattack
 from hessnb.errors import InputError
-from hessnb.experiments.spec import AttackSpec, DataSpec, RunSpec, SplitName
+from hessnb.experiments.spec import AUTOATTACK, AttackSpec, DataSpec, RunSpec, SplitName
 from hessnb.experiments.store import Store
 
 # The fields of an `AttackSpec` that are arguments of the attack where they are given.
-_SETTINGS = ("cg_steps", "solver", "scale", "precision")
+_SETTINGS = ("cg_steps", "solver", "scale", "precision", "restarts")
 
 
 @lru_cache(maxsize=2)
@@ -61,6 +61,8 @@ def trained_model(store: Store, spec: RunSpec, device: torch.device | str = "cpu
 
 def attack_function(attack: AttackSpec) -> training.Perturbation:
     """Return the attack of a specification with its settings: a function of network, inputs and labels."""
+    if attack.method == AUTOATTACK:  # which always clips to the pixels' range
+        return partial(autoattack, eps=attack.eps)
     settings: dict[str, Any] = {"eps": attack.eps, "bounds": (0.0, 1.0) if attack.clip else None}
     settings |= {name: value for name in _SETTINGS if (value := getattr(attack, name)) is not None}
     return partial((ATTACKS | BEYOND)[attack.method], **settings)

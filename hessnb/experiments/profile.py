@@ -114,6 +114,44 @@ class DensitySettings(Frozen):
     steps: PositiveInt
 
 
+class EdgeSettings(Frozen):
+    """Gradient descent of one network on all samples at once, at some learning rates, and where it is looked at.
+
+    At as many ``points`` of the trainings of section 3.1, too, there over ``samples`` of the training set.
+    """
+
+    data: DataSpec
+    model: ModelSpec
+    lr: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
+    epochs: PositiveInt
+    points: PositiveInt = Field(ge=2)
+    tol: PositiveFloat
+    samples: PositiveInt
+
+    def spec(self, lr: float, seed: int) -> RunSpec:
+        """Return the run of one learning rate and seed; each of its epochs is one step."""
+        if self.data.n_train is None:
+            raise InputError("edge: data needs n_train, the size of its one batch")
+        recipe = Recipe(batch_size=self.data.n_train, lr=lr, momentum=0.0, max_epochs=self.epochs, seed=seed)
+        return RunSpec(data=self.data, model=self.model, recipe=recipe)
+
+
+class StrongSettings(Frozen):
+    """The strong attacks: on how many samples, at which sizes, beside the original network on which robust ones."""
+
+    n: PositiveInt
+    eps: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
+    restarts: PositiveInt
+    trainings: tuple[str, ...] = Field(strict=False)
+
+
+class SweepSettings(Frozen):
+    """The batch sizes at which readings of the paper are compared, and multiples of the learning rate at the first."""
+
+    batch_sizes: tuple[PositiveInt, ...] = Field(min_length=1, strict=False)
+    rates: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
+
+
 class Profile(Frozen):
     """The scale at which the grid is computed; one TOML file each, in ``hessnb/experiments/profiles``."""
 
@@ -125,6 +163,9 @@ class Profile(Frozen):
     spectrum: SpectrumSettings
     landscape: LandscapeSettings
     density: DensitySettings
+    edge: EdgeSettings
+    strong: StrongSettings
+    sweep: SweepSettings
 
 
 def profile_names() -> list[str]:

@@ -33,6 +33,9 @@ SPLITS: tuple[SplitName, ...] = ("train", "test")
 # The attacks that solve a system with the input Hessian.
 SECOND_ORDER = ("FHSM", "L2HESS")
 
+# Four attacks in turn, the worst case of each sample kept: see `hessnb.attacks.autoattack`.
+AUTOATTACK = "AUTOATTACK"
+
 
 class Frozen(BaseModel):
     """An immutable, strictly typed record without unknown fields."""
@@ -94,7 +97,10 @@ class ModelSpec(Frozen):
 
 
 class AttackSpec(Frozen):
-    """An attack by its name in `ATTACKS` or `BEYOND`, its size in pixels, and settings; None: the attack's default."""
+    """An attack by its name in `ATTACKS` or `BEYOND`, or AUTOATTACK, its size in pixels, and settings.
+
+    A setting of None is the attack's default.
+    """
 
     method: str
     eps: PositiveFloat
@@ -103,11 +109,18 @@ class AttackSpec(Frozen):
     solver: Literal["cg", "exact"] | None = None
     scale: Literal["sqrt_dim", "unit"] | None = None
     precision: Literal["float64", "own", "plain"] | None = None
+    restarts: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        if self.method not in ATTACKS | BEYOND:
-            raise unknown("attack", self.method, [*ATTACKS, *BEYOND])
+        if self.method not in {*ATTACKS, *BEYOND, AUTOATTACK}:
+            raise unknown("attack", self.method, [*ATTACKS, *BEYOND, AUTOATTACK])
+        if self.restarts and self.method != "PGD":
+            raise InputError(f"{self.method} starts once: leave out restarts")
+        if self.method == AUTOATTACK and (not self.clip or self.scale or self.precision):
+            raise InputError(
+                "AUTOATTACK is clipped and has its own precision and radius: give clip = true, nothing else"
+            )
         if (self.cg_steps or self.solver) and self.method not in SECOND_ORDER:
             raise InputError(f"{self.method} solves no system: leave out cg_steps and solver")
         return self
@@ -115,7 +128,7 @@ class AttackSpec(Frozen):
     @property
     def label(self) -> str:
         """A short readable name."""
-        settings = (self.cg_steps and f"cg{self.cg_steps}", self.solver, self.scale, self.precision)
+        settings = (self.cg_steps and f"cg{self.cg_steps}", self.solver, self.scale, self.precision, self.restarts)
         told = "".join(f"-{setting}" for setting in settings if setting)
         return f"{self.method}{told}-eps{self.eps:g}{'' if self.clip else '-unclipped'}"
 
@@ -239,16 +252,21 @@ class InputCurvature(_Measured):
 
 
 class AttackAccuracy(_Measured):
-    """The accuracy over a split under an attack on the network itself, or on ``source``, another run (section 3.3)."""
+    """The accuracy over a split under an attack on the network itself, or on ``source``, another run (section 3.3).
+
+    With ``n``, over the first n samples of the split.
+    """
 
     kind: Literal["attack_accuracy"] = "attack_accuracy"
     attack: AttackSpec
     source: RunSpec | None = None
+    n: PositiveInt | None = None
 
     @property
     def label(self) -> str:
         """A short readable name."""
-        return f"{self.attack.label}-{self.split}" + ("-transferred" if self.source else "")
+        first = f"-first{self.n}" if self.n else ""
+        return f"{self.attack.label}-{self.split}{first}" + ("-transferred" if self.source else "")
 
 
 class LossLine(_Named):
@@ -314,8 +332,36 @@ class Density(_Measured):
         return f"density-{self.split}-{self.probes}x{self.steps}"
 
 
+class Sharpness(_Named):
+    """The largest Hessian eigenvalue of the training loss at ``points`` epochs of the training, its start and end among
+    them, for which the network is trained again (Cohen et al., 2021).
+
+    To relative residual ``tol``; with ``samples`` over so many of the training set, those of a `Spectrum`'s draw 0.
+    """
+
+    kind: Literal["sharpness"] = "sharpness"
+    points: PositiveInt
+    tol: PositiveFloat
+    samples: PositiveInt | None = None
+
+    @property
+    def label(self) -> str:
+        """A short readable name."""
+        return f"sharpness-{self.points}" + (f"-{self.samples}of" if self.samples else "")
+
+
 # Further kinds of measure join here; they are told apart by ``kind``.
-Measure = Spectrum | PowerIteration | InputCurvature | AttackAccuracy | LossLine | LossPlane | Interpolation | Density
+Measure = (
+    Spectrum
+    | PowerIteration
+    | InputCurvature
+    | AttackAccuracy
+    | LossLine
+    | LossPlane
+    | Interpolation
+    | Density
+    | Sharpness
+)
 _KINDS: dict[str, type[Measure]] = {
     "spectrum": Spectrum,
     "power_iteration": PowerIteration,
@@ -325,6 +371,7 @@ _KINDS: dict[str, type[Measure]] = {
     "loss_plane": LossPlane,
     "interpolation": Interpolation,
     "density": Density,
+    "sharpness": Sharpness,
 }
 
 

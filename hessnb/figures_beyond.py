@@ -1,0 +1,163 @@
+"""Figures of what goes beyond the paper: densities, curvature along training, rescaling, sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hessnb.curvature import SpectralDensity
+from hessnb.experiments.run import Outcome
+from hessnb.figures import COLOURS, MARKERS, style
+from hessnb.paper.beyond import RESOLUTION, Rescaling, followed, spectral, under_fgsm
+from hessnb.paper.large_batch import lambda1
+from hessnb.sharpness import stability_bound
+
+# Bins of a density: so many for each factor of ten.
+_PER_DECADE = 4
+
+
+def densities(outcomes: Sequence[Outcome], top: Sequence[Outcome]) -> Figure:
+    """Show how many eigenvalues of the training Hessian lie in each bin of a symmetric log axis, a panel a batch size.
+
+    Bars are means over random probes with their standard errors, ticks above them the leading eigenvalues of ``top``.
+    """
+    shown = [(o, density) for o in outcomes if (density := spectral(o))]
+    largest = max((float(density.nodes.max()) for _, density in shown), default=1.0)
+    inner = 10.0 ** round(torch.tensor(RESOLUTION * largest).log10().item())
+    exact = {o.task.spec: o.eigenvalues("train") for o in top}
+    with style():
+        figure, axes = plt.subplots(
+            len(shown), 1, figsize=(6.4, 1.35 * len(shown) + 0.6), layout="constrained", sharex=True, squeeze=False
+        )
+        plt.close(figure)
+        for i, (axis, (outcome, density)) in enumerate(zip(axes[:, 0], shown, strict=True)):
+            edges = _edges(inner, 2 * largest)
+            counts, errors = _counts(density, edges)
+            colour = COLOURS[i % len(COLOURS)]
+            axis.stairs(counts, edges, fill=True, color=colour, alpha=0.5, baseline=1e-3)
+            middles = [(low + high) / 2 for low, high in pairwise(edges)]
+            axis.errorbar(middles, counts, yerr=errors, fmt="none", color=colour, capsize=2, linewidth=1)
+            leading = exact.get(outcome.task.spec, [])
+            axis.plot(leading, [0.3] * len(leading), "|", color=COLOURS[6], markersize=9, markeredgewidth=1.2)
+            axis.set_yscale("log")
+            axis.set_xscale("symlog", linthresh=inner, linscale=0.5)
+            axis.set(ylim=(0.1, 3 * density.n), yticks=[1, 1e2, 1e4])
+            axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", loc="left", fontsize=11)
+        if shown:
+            axes[-1, 0].set_xlabel("eigenvalue of the training Hessian")
+            axes[len(shown) // 2, 0].set_ylabel("eigenvalues in the bin")
+    return figure
+
+
+def _edges(inner: float, outer: float) -> list[float]:
+    """Return the edges of bins: equal ones in the logarithm beyond ``inner`` on either side, and one about zero."""
+    positive = [inner]
+    while positive[-1] < outer:
+        positive.append(inner * 10 ** (len(positive) / _PER_DECADE))
+    return [*(-edge for edge in reversed(positive)), *positive]
+
+
+def _counts(density: SpectralDensity, edges: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return how many eigenvalues lie between edges and the standard errors; zero where there is a single probe."""
+    n, found = density.n, []
+    for low, high in pairwise(edges):
+        inside = (density.nodes >= low) & (density.nodes < high)
+        found.append(n * (density.weights * inside).sum(1))
+    counts: Tensor = torch.stack(found)
+    probes = counts.shape[1]
+    errors = counts.std(1) / probes**0.5 if probes > 1 else torch.zeros(len(found))
+    return counts.mean(1).tolist(), errors.tolist()
+
+
+def edge(outcomes: Sequence[Outcome]) -> Figure:
+    """Show the largest eigenvalue (above) and the training loss (below) along gradient descent, one colour a rate.
+
+    Dashed is the bound of stability of each learning rate.
+    """
+    with style():
+        figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 5.2), layout="constrained", sharex=True)
+        plt.close(figure)
+        for i, outcome in enumerate(outcomes):
+            recipe, found = outcome.task.spec.recipe, followed(outcome)
+            if found:
+                line = {"color": COLOURS[i], "label": f"learning rate {recipe.lr:g}"}
+                upper.plot(found["epoch"], found["lambda1"], marker=MARKERS[i], markersize=4, **line)
+                upper.axhline(stability_bound(recipe.lr, recipe.momentum), linestyle="--", color=COLOURS[i])
+                lower.semilogy(found["epoch"], found["train_loss"], **line)
+        upper.set(ylabel="largest eigenvalue", ylim=(0, None))
+        upper.legend(fontsize=10)
+        lower.set(xlabel="step of gradient descent", ylabel="training loss")
+    return figure
+
+
+def sharpening(outcomes: Sequence[Outcome]) -> Figure:
+    """Show the largest eigenvalue along training against the share of it that is done, one colour a batch size."""
+    with style():
+        figure, axis = plt.subplots(figsize=(6.0, 3.8), layout="constrained")
+        plt.close(figure)
+        for i, outcome in enumerate(outcomes):
+            recipe, found = outcome.task.spec.recipe, followed(outcome)
+            if found:
+                shares = [100 * epoch / found["epoch"][-1] for epoch in found["epoch"]]
+                heights = [max(value, 1e-3) for value in found["lambda1"]]
+                label = f"B = {recipe.batch_size}, {found['epoch'][-1]} epochs"
+                axis.semilogy(shares, heights, marker=MARKERS[i], markersize=4, color=COLOURS[i], label=label)
+        if outcomes:
+            recipe = outcomes[0].task.spec.recipe
+            bound = stability_bound(recipe.lr, recipe.momentum)
+            axis.axhline(bound, linestyle="--", color=COLOURS[6], label=f"2 (1 + β) / lr = {bound:.0f}")
+        axis.set(xlabel="epochs, % of the training", ylabel="largest eigenvalue")
+        axis.legend(fontsize=10)
+    return figure
+
+
+def rescaling(found: Sequence[Rescaling]) -> Figure:
+    """Show what depends on the factor by which a layer is rescaled and what does not, relative to factor 1."""
+    usual = next(r for r in found if r.factor == 1)
+    factors = [r.factor for r in found]
+    curves = {
+        "largest eigenvalue": [r.lambda1 / usual.lambda1 for r in found],
+        "curvature, filter-normalised": [r.along / usual.along for r in found],
+        "input curvature, mean": [r.lambda1_x / usual.lambda1_x for r in found],
+    }
+    with style():
+        figure, axis = plt.subplots(figsize=(6.0, 3.8), layout="constrained")
+        plt.close(figure)
+        for i, (label, heights) in enumerate(curves.items()):
+            size = {"markersize": 9, "fillstyle": "none"} if i == 1 else {}
+            axis.loglog(factors, heights, marker=MARKERS[i], color=COLOURS[i], label=label, **size)
+        axis.set(xlabel="factor of the layer", ylabel="relative to factor 1")
+        axis.set_xscale("log", base=2)
+        axis.legend(fontsize=10)
+    return figure
+
+
+def learning_rates(live: Sequence[Outcome], record: Sequence[Outcome], eps: float) -> Figure:
+    """Show the largest eigenvalue (left) and the accuracy (%) under FGSM (right) against the learning rate.
+
+    Dotted on the left is the bound of stability.
+    """
+    with style():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, 3.6), layout="constrained")
+        plt.close(figure)
+        shown: tuple[tuple[Axes, Callable[[Sequence[Outcome]], list[float]]], ...] = (
+            (left, lambda some: lambda1(some, "train")),
+            (right, lambda some: under_fgsm(some, eps)),
+        )
+        for i, (label, outcomes) in enumerate((("live", live), ("record", record))):
+            for axis, of in shown:
+                points = sorted((o.task.spec.recipe.lr, of([o])[0]) for o in outcomes if of([o]))
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker=MARKERS[i], color=COLOURS[i], label=label)
+        bounds = sorted((r.lr, stability_bound(r.lr, r.momentum)) for r in (o.task.spec.recipe for o in live))
+        left.plot(*zip(*bounds, strict=True), ":", color=COLOURS[6], label="2 (1 + β) / lr")
+        left.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="largest eigenvalue")
+        right.set(xscale="log", xlabel="learning rate", ylabel=f"accuracy under FGSM, {eps:g}, %")
+        left.legend(fontsize=10)
+    return figure
