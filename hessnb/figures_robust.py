@@ -86,6 +86,7 @@ def few_against_all(networks: Mapping[str, Sequence[Outcome]]) -> Figure:
         figure, axes = _grid(len(networks), height=2.7)
         labels: dict[str, Line2D] = {}
         for axis, (title, outcomes) in zip(axes, networks.items(), strict=False):
+            axis.set_title(title, fontsize=11)
             shown, every = of_first_seed(outcomes), [0.0]
             *_, few, full = spectra(shown)
             for i, outcome in enumerate(shown):
@@ -98,12 +99,11 @@ def few_against_all(networks: Mapping[str, Sequence[Outcome]]) -> Figure:
                         color=COLOURS[i % len(COLOURS)], markersize=4, alpha=0.7,
                     )  # fmt: skip
                     labels[training_name(outcome.task.spec)] = _mark(i)
-            if not labels:
+            if len(every) == 1:
                 _absent(axis)
                 continue
             ends = min(v for v in every if v > 0), max(every)
             axis.loglog(ends, ends, color="#777777", linewidth=1, zorder=0)
-            axis.set_title(title, fontsize=11)
         _legend(figure, labels, columns=4)
         _name_axes(figure, "eigenvalue over all samples", "over few samples")
     return figure
@@ -140,7 +140,7 @@ def _symmetric_log(axis: Axes, values: Sequence[float]) -> None:
     magnitudes = [abs(v) for v in values if v]
     top = math.ceil(math.log10(max(magnitudes)))
     bottom = max(math.floor(math.log10(min(magnitudes))), top - _DECADES)
-    axis.set_yscale("symlog", linthresh=10.0**bottom, linscale=0.4)
+    axis.set_yscale("symlog", linthresh=10.0**bottom, linscale=0.8)
     step = 1 if top - bottom <= 2 else 2
     decades = [10.0**e for e in range(top, bottom - 1, -step)]
     negative = [d for d in decades if min(values) < 0 and d <= 10 * abs(min(values))]

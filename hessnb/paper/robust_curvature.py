@@ -110,6 +110,12 @@ def eigenvalues(outcome: Outcome, measure: Spectrum) -> list[float]:
     return sorted(found.values["eigenvalues"], reverse=True) if found else []
 
 
+def picked(split: Split, samples: int, draw: int) -> Split:
+    """Return the samples of a split that a spectrum of these ``samples`` and ``draw`` is taken of."""
+    few = drawn(len(split), samples, draw).to(split.images.device)
+    return Split(split.images[few], split.labels[few])
+
+
 def drawn_losses(
     outcomes: Sequence[Outcome], *, device: str = "cpu", store: str | Path | None = None
 ) -> dict[tuple[RunSpec, Spectrum], float]:
@@ -120,8 +126,7 @@ def drawn_losses(
         for measure in spectra(outcomes):
             split = load_split(spec, measure.split, torch.device(device))
             if measure.samples is not None:
-                few = drawn(len(split), measure.samples, measure.draw or 0).to(device)
-                split = Split(split.images[few], split.labels[few])
+                split = picked(split, measure.samples, measure.draw or 0)
             losses[spec, measure] = training.evaluate(model, split)[0]
     return losses
 
@@ -129,11 +134,12 @@ def drawn_losses(
 def curvature_after(
     outcomes: Sequence[Outcome],
     *,
+    measures: Sequence[Spectrum] | None = None,
     losses: Mapping[tuple[RunSpec, Spectrum], float] | None = None,
     name: str,
     caption: str,
 ) -> Table:
-    """Return numbers of the spectra of Figs 5 and 11, one row a B_H and network.
+    """Return numbers of the spectra of Figs 5 and 11, or of some of them, one row a B_H and network.
 
     The largest eigenvalue and the sum of the top ones, both also as a multiple of the original network's of the same
     seed, the smallest, and how many are negative; with ``losses``, those of `drawn_losses`. Several seeds give mean and
@@ -141,7 +147,7 @@ def curvature_after(
     """
     from_record = any(isinstance(o, Recorded) for o in outcomes)
     rows = []
-    for measure in spectra(outcomes):
+    for measure in measures or spectra(outcomes):
         for network in _networks(outcomes):
             runs = [o for o in outcomes if training_name(o.task.spec) == network]
             found = [values for o in runs if (values := eigenvalues(o, measure))]
@@ -285,7 +291,7 @@ def parts_of_curvature(spec: RunSpec, cases: Mapping[str, Split], *, store: Stor
         for extreme in extremes(model, samples):
             cells += [f"{v:.2g}" for v in (extreme.eigenvalue, extreme.gauss_newton, extreme.rest)]
         within = within_layers(model, samples, list(layers(spec.model.name, variant=spec.model.variant)))
-        rows.append((label, *cells, f"{within:.0e}"))
+        rows.append((label, *cells, f"{within:.0e}" if within else "0"))
     header = ("Samples", "Loss", "Largest", "from G", "from R", "Smallest", "from G", "from R", "R within layers")
     return Table(name, caption, header, tuple(map(_minus, rows)))
 
