@@ -16,6 +16,7 @@ from hessnb.curvature import GGNOperator, HessianOperator
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError
 from hessnb.experiments import run
+from hessnb.experiments.grid import Task, artefact
 from hessnb.experiments.networks import load_data, load_split, trained_model
 from hessnb.experiments.profile import AdversarialTraining, load_profile
 from hessnb.experiments.run import Outcome
@@ -49,10 +50,10 @@ def test_control_is_the_original_trained_on_without_an_attack(store: Store, outc
     assert spec.recipe == outcomes[1].task.spec.recipe
     plain = trained_model(store, outcomes[0].task.spec)
     train(plain, load_data(spec.data, "cpu"), spec.recipe)
-    found = trained_model(store, spec)
-    assert torch.equal(parameters_to_vector(found.parameters()), parameters_to_vector(plain.parameters()))
-    attacked = trained_model(store, outcomes[1].task.spec)
-    assert not torch.equal(parameters_to_vector(found.parameters()), parameters_to_vector(attacked.parameters()))
+    found, attacked = (trained_model(store, outcomes[i].task.spec) for i in (-1, 1))
+    theta = [parameters_to_vector(network.parameters()).detach() for network in (plain, found, attacked)]
+    # The same inputs lie elsewhere in memory, and are summed in another order.
+    assert float((theta[1] - theta[0]).abs().max()) < 1e-3 * float((theta[2] - theta[0]).abs().max())
 
 
 def test_spectra_of_single_samples_are_certified_and_come_in_order(outcomes: list[Outcome]) -> None:
@@ -87,7 +88,7 @@ def test_table_of_spectra_counts_sums_and_compares_within_a_seed() -> None:
         settings.original(1): [8.0, 1.0, 1.0], settings.robust("FGSM", 1): [2.0, 1.0, -0.5],
     }  # fmt: skip
     outcomes = [
-        Outcome(run.Task(spec, (measure,)), None, {measure: Measurement(measure, {"eigenvalues": values}, {})})
+        Outcome(Task(spec, (measure,)), None, {measure: Measurement(measure, {"eigenvalues": values}, {})})
         for spec, values in made.items()
     ]
     assert rc.ratios(outcomes, "FGSM", measure, max) == [0.5, 0.25]
@@ -106,7 +107,7 @@ def test_table_of_spectra_counts_sums_and_compares_within_a_seed() -> None:
 
 def test_answers_are_counted(outcomes: list[Outcome]) -> None:
     cells = [row[2] for row in rc.answers({"M1": outcomes}, name="tab-x", caption="x").rows]
-    single, _, few, full = rc.spectra(outcomes)
+    *_, few, full = rc.spectra(outcomes)
     six = outcomes[:6]
     lambdas = [max(rc.eigenvalues(o, full)) for o in outcomes]
     below = sum(value < lambdas[0] for value in lambdas[1:6])
@@ -131,7 +132,7 @@ def test_lines_have_their_second_differences_in_the_tables(store: Store) -> None
     assert row[0] == "FGSM"
     assert float(row[2].replace("−", "-")) == pytest.approx(end, rel=6e-3)
     lines = run.results("fig12", profile="smoke", store=store.root)
-    assert [row[0] for row in rc.line_curvatures(lines, name="tab-x", caption="x").rows][0] == "ORI"
+    assert rc.line_curvatures(lines, name="tab-x", caption="x").rows[0][0] == "ORI"
     assert len(figures_robust.interpolations(ways).axes[0].lines) == 4  # two sets, two ends
     assert len(figures_robust.robust_lines(lines).axes[0].lines) == 3
 
@@ -215,9 +216,9 @@ def test_a_profile_chooses_networks_and_eigenvalues_by_name() -> None:
     content = SMOKE.adversarial["M1"].model_dump(mode="json")
     chosen = AdversarialTraining.parse({**content, "curvature_of": ["L2GRAD"], "eigenvalues": 3}, "here")
     profile = SMOKE.model_copy(update={"adversarial": {"M1": chosen}})
-    tasks = run.artefact("fig11").tasks(profile)
+    tasks = artefact("fig11").tasks(profile)
     assert [rc.training_name(task.spec) for task in tasks] == ["ORI", "L2GRAD"]
     assert {m.k for task in tasks for m in task.measures if isinstance(m, Spectrum)} == {3}
-    assert [rc.training_name(task.spec) for task in run.artefact("fig10").tasks(profile)] == ["L2GRAD"]
+    assert [rc.training_name(task.spec) for task in artefact("fig10").tasks(profile)] == ["L2GRAD"]
     with pytest.raises(InputError, match="unknown attack"):
         AdversarialTraining.parse({**content, "curvature_of": ["NONE"]}, "here")

@@ -258,7 +258,7 @@ def extremes(model: nn.Module, samples: Split) -> tuple[Extreme, Extreme]:
     hessian, gauss_newton = (operator(model, F.cross_entropy, batches) for operator in (HessianOperator, GGNOperator))
     found = []
     for which in ("LA", "SA"):
-        solved = lanczos(hessian, 1, 1e-3, which)  # type: ignore[arg-type]
+        solved = lanczos(hessian, 1, 1e-3, which)
         value, v = float(solved.eigenvalues[0]), solved.eigenvectors[0]
         part = float(v @ gauss_newton.matvec(v))
         found.append(Extreme(value, part, value - part))
@@ -266,19 +266,20 @@ def extremes(model: nn.Module, samples: Split) -> tuple[Extreme, Extreme]:
 
 
 def within_layers(model: nn.Module, samples: Split, names: Sequence[str]) -> float:
-    """Return the largest |(H - G) v| / |G v| among the diagonal blocks of these layers, v being random.
+    """Return the largest |(H - G) v| among the diagonal blocks of these layers over the largest |G v|, v being random.
 
     Zero but for rounding if the logits are linear in the parameters of each one layer, as in a ReLU network.
     """
-    batches, found = samples.batches(_HESSIAN_BATCH), []
+    batches, rests, products = samples.batches(_HESSIAN_BATCH), [], []
     for layer in names:
         hessian, gauss_newton = (
             operator(model, F.cross_entropy, batches, parameters=[layer]) for operator in (HessianOperator, GGNOperator)
         )
         v = torch.randn(hessian.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         product = gauss_newton.matvec(v)
-        found.append(float(torch.linalg.vector_norm(hessian.matvec(v) - product) / torch.linalg.vector_norm(product)))
-    return max(found)
+        rests.append(float(torch.linalg.vector_norm(hessian.matvec(v) - product)))
+        products.append(float(torch.linalg.vector_norm(product)))
+    return max(rests) / max(products)
 
 
 def parts_of_curvature(spec: RunSpec, cases: Mapping[str, Split], *, store: Store, name: str, caption: str) -> Table:
