@@ -28,7 +28,7 @@ _SETS = {
 # In inches; the text of a figure that is shrunk to a phone stays readable.
 _WIDTH = 5.2
 
-# Decades of a symmetric log axis to each side of zero.
+# Decades of a log axis to each side of zero.
 _DECADES = 4
 
 
@@ -51,8 +51,8 @@ def robust_lines(outcomes: Sequence[Outcome]) -> Figure:
 def robust_spectra(outcomes: Sequence[Outcome]) -> Figure:
     """Show the top eigenvalues of sub-sampled and full Hessians, a panel a B_H, a line a network (Figs 5 and 11).
 
-    From the largest to the most negative, on a symmetric log axis: linear between the dotted lines, logarithmic
-    outside. Of several seeds the first; what has not been measured says so.
+    From the largest to the most negative, on a log axis; where there are negative ones it goes to both sides of zero
+    and is linear between the dotted lines. Of several seeds the first; what has not been measured says so.
     """
     shown = of_first_seed(outcomes)
     with style():
@@ -70,7 +70,7 @@ def robust_spectra(outcomes: Sequence[Outcome]) -> Figure:
                     range(1, len(values) + 1), values, marker=MARKERS[i % len(MARKERS)],
                     color=COLOURS[i % len(COLOURS)], markersize=3.5, linewidth=1.1,
                 )  # fmt: skip
-            _symmetric_log(axis, [v for values in lines.values() for v in values])
+            _signed_log(axis, [v for values in lines.values() for v in values])
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         _legend(figure, {training_name(o.task.spec): _mark(i) for i, o in enumerate(shown)}, columns=4)
         _name_axes(figure, "index of the eigenvalue", "eigenvalue")
@@ -135,21 +135,22 @@ def _lines(
     return figure
 
 
-def _symmetric_log(axis: Axes, values: Sequence[float]) -> None:
-    """Set an axis that shows both signs: logarithmic from the smallest magnitude on, but at most some decades."""
+def _signed_log(axis: Axes, values: Sequence[float]) -> None:
+    """Set a logarithmic axis; with values of both signs, one to both sides of zero, and linear close to it."""
+    if min(values) > 0:
+        axis.set_yscale("log")
+        return
     magnitudes = [abs(v) for v in values if v]
     top = math.ceil(math.log10(max(magnitudes)))
     bottom = max(math.floor(math.log10(min(magnitudes))), top - _DECADES)
     axis.set_yscale("symlog", linthresh=10.0**bottom, linscale=0.8)
-    step = 1 if top - bottom <= 2 else 2
-    decades = [10.0**e for e in range(top, bottom - 1, -step)]
-    negative = [d for d in decades if min(values) < 0 and d <= 10 * abs(min(values))]
-    axis.yaxis.set_major_locator(FixedLocator([*(-d for d in negative), 0, *reversed(decades)]))
+    decades = [10.0**e for e in range(top, bottom - 1, -1 if top - bottom <= 3 else -2)]
+    negative = [-d for d in decades if d <= 10 * abs(min(values))]
+    axis.yaxis.set_major_locator(FixedLocator([*negative, 0, *reversed(decades)]))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.axhline(0, color="black", linewidth=0.8, zorder=0)
     for threshold in (-(10.0**bottom), 10.0**bottom):
-        if min(values) < 0:
-            axis.axhline(threshold, color="#777777", linewidth=0.8, linestyle=":", zorder=0)
+        axis.axhline(threshold, color="#777777", linewidth=0.8, linestyle=":", zorder=0)
 
 
 def _grid(n: int, *, height: float, shared: bool = False) -> tuple[Figure, list[Axes]]:

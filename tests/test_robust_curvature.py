@@ -143,7 +143,10 @@ def test_figures_show_each_network_and_what_is_missing(outcomes: list[Outcome]) 
     assert sum(len(line.get_xdata()) == 5 for line in drawn) == 7  # type: ignore[arg-type]
     full = rc.spectra(outcomes)[-1]
     assert list(drawn[0].get_ydata()) == rc.eigenvalues(outcomes[0], full)  # type: ignore[arg-type]
-    assert figure.axes[0].get_yscale() == "symlog"
+    for axis, measure in zip(figure.axes, rc.spectra(outcomes), strict=True):
+        lowest = min(min(rc.eigenvalues(o, measure)) for o in outcomes)
+        assert axis.get_yscale() == ("symlog" if lowest < 0 else "log")
+        assert axis.get_ylim()[0] < lowest
     assert figures_robust.few_against_all({"M1": outcomes}).axes[0].lines
     partly = [replace(o, measurements={m: f for m, f in o.measurements.items() if m == full}) for o in outcomes]
     assert figures_robust.robust_spectra(partly).axes[0].texts[0].get_text() == NOT_MEASURED
