@@ -231,22 +231,24 @@ def _interpolated(name: str) -> Tasks:
 
     def tasks(profile: Profile, seed: int) -> list[Task]:
         line = Interpolation(points=profile.landscape.line_points)
-        return [Task(profile.adversarial[name].robust(method, seed), (line,)) for method in ATTACKS]
+        return [Task(network, (line,)) for network in _six(profile, name, seed)[1:]]
 
     return tasks
 
 
-def _subsampled(profile: Profile, samples: int, draw: int) -> Spectrum:
-    """Return the spectrum of a sub-sampled Hessian of the training loss."""
-    return Spectrum(split="train", k=profile.spectrum.k, tol=profile.spectrum.tol, samples=samples, draw=draw)
+def _subsampled(profile: Profile, name: str, samples: int | None, draw: int | None) -> Spectrum:
+    """Return the spectrum of a network's sub-sampled Hessian of the training loss; None: of the full one."""
+    k = profile.adversarial[name].eigenvalues or profile.spectrum.k
+    return Spectrum(split="train", k=k, tol=profile.spectrum.tol, samples=samples, draw=draw)
 
 
 def _robust_spectra(name: str) -> Tasks:
     """Return the spectra of original and robust networks: of single samples twice, of a batch, and of all samples."""
 
     def tasks(profile: Profile, seed: int) -> list[Task]:
-        drawn = [_subsampled(profile, n, draw) for n, draw in ((1, 0), (1, 1), (profile.landscape.batch, 0))]
-        return [Task(network, (*drawn, _full(profile))) for network in _six(profile, name, seed)]
+        draws = ((1, 0), (1, 1), (profile.landscape.batch, 0), (None, None))
+        spectra = tuple(_subsampled(profile, name, samples, draw) for samples, draw in draws)
+        return [Task(network, spectra) for network in _six(profile, name, seed)]
 
     return tasks
 
@@ -256,7 +258,7 @@ def _robust_lines(name: str) -> Tasks:
 
     def tasks(profile: Profile, seed: int) -> list[Task]:
         drawn = profile.landscape
-        first = _subsampled(profile, drawn.batch, 0)
+        first = _subsampled(profile, name, drawn.batch, 0)
         line = LossLine(along=first, reach=drawn.reach, points=drawn.line_points, batch=drawn.batch)
         return [Task(network, (first, line)) for network in _six(profile, name, seed)]
 
@@ -264,9 +266,9 @@ def _robust_lines(name: str) -> Tasks:
 
 
 def _six(profile: Profile, name: str, seed: int) -> list[RunSpec]:
-    """Return the original network of section 3.3 and the five robust ones."""
+    """Return the original network of section 3.3 and the robust ones, all five or those that the profile names."""
     settings = profile.adversarial[name]
-    return [settings.original(seed), *(settings.robust(method, seed) for method in ATTACKS)]
+    return [settings.original(seed), *(settings.robust(method, seed) for method in settings.curvature_of or ATTACKS)]
 
 
 def _densities(profile: Profile, seed: int) -> list[Task]:

@@ -91,7 +91,11 @@ def _operator(
     if isinstance(measure, Spectrum):
         block = [measure.parameters] if measure.parameters else None
         samples = None if measure.draw is None else drawn(len(split), measure.samples or 1, measure.draw)
-    model, batches = trained_model(store, spec, device), split.batches(HESSIAN_BATCH[device.type])
+    model = trained_model(store, spec, device)
+    if samples is not None and len(samples) == 1:
+        # One sample costs little, and of one that is classified with confidence float32 rounds most eigenvalues away.
+        model, split = model.double(), data.Split(split.images.double(), split.labels)
+    batches = split.batches(HESSIAN_BATCH[device.type])
     return HessianOperator(model, F.cross_entropy, batches, parameters=block, samples=samples)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
+from hessnb.attacks import ATTACKS
 from hessnb.errors import InputError, unknown
 from hessnb.experiments.spec import SECOND_ORDER, AttackSpec, DataSpec, Frozen, ModelSpec, RunSpec
 from hessnb.training import Recipe
@@ -39,7 +40,11 @@ class LargeBatch(Frozen):
 
 
 class AdversarialTraining(Frozen):
-    """One network of section 3.3: trained as usual, then for some epochs under each attack of Table 5."""
+    """One network of section 3.3: trained as usual, then for some epochs under each attack of Table 5.
+
+    Curvature (Figs 4, 5, 10 to 13) is measured of the networks trained under ``curvature_of`` (None: all five attacks),
+    ``eigenvalues`` of each (None: as many as in the other figures).
+    """
 
     data: DataSpec
     model: ModelSpec
@@ -52,6 +57,16 @@ class AdversarialTraining(Frozen):
     adversarial_epochs: PositiveInt
     eps: PositiveFloat
     cg_steps: PositiveInt
+    curvature_of: tuple[str, ...] | None = Field(default=None, strict=False)
+    eigenvalues: PositiveInt | None = None
+
+    @field_validator("curvature_of")
+    @classmethod
+    def _attacks(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in names or ():
+            if name not in ATTACKS:
+                raise unknown("attack", name, list(ATTACKS))
+        return names
 
     def original(self, seed: int) -> RunSpec:
         """Return the run of the original network, M_ORI."""

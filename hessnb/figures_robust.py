@@ -1,0 +1,202 @@
+"""Figures of section 3.3 in the book's style: what adversarial training does to the loss and its Hessian (Figs 4, 5,
+10 to 13 of the paper).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+from hessnb.experiments.run import Outcome
+from hessnb.experiments.spec import Interpolation, LossLine
+from hessnb.figures import COLOURS, MARKERS, style
+from hessnb.paper.robust_curvature import eigenvalues, line, of_first_seed, samples_label, spectra, training_name
+from hessnb.paper.tables import NOT_MEASURED
+
+_SETS = {
+    "train": {"color": COLOURS[0], "linestyle": "-", "label": "training set"},
+    "test": {"color": COLOURS[5], "linestyle": "--", "label": "test set"},
+    "batch": {"color": COLOURS[2], "linestyle": ":", "label": "training batch"},
+}
+
+# In inches; the text of a figure that is shrunk to a phone stays readable.
+_WIDTH = 5.2
+
+# Decades of a log axis to each side of zero.
+_DECADES = 4
+
+
+def interpolations(outcomes: Sequence[Outcome]) -> Figure:
+    """Show the losses from the original network, at 0, to each robust one, at 1, on a log axis (Figs 4 and 10).
+
+    A panel a training. Of several seeds the first; what has not been measured says so.
+    """
+    return _lines(outcomes, Interpolation, ("train", "test"), "position between original (0) and robust (1)")
+
+
+def robust_lines(outcomes: Sequence[Outcome]) -> Figure:
+    """Show the losses along the dominant eigenvector of a sub-sampled Hessian, a panel a network (Figs 12 and 13).
+
+    On a log axis. Of several seeds the first; what has not been measured says so.
+    """
+    return _lines(outcomes, LossLine, ("train", "test", "batch"), "position t along the eigenvector")
+
+
+def robust_spectra(outcomes: Sequence[Outcome]) -> Figure:
+    """Show the top eigenvalues of sub-sampled and full Hessians, a panel a B_H, a line a network (Figs 5 and 11).
+
+    From the largest to the most negative, on a log axis; where there are negative ones it goes to both sides of zero
+    and is linear between the dotted lines. Of several seeds the first; what has not been measured says so.
+    """
+    shown = of_first_seed(outcomes)
+    with style():
+        if not any(o.measurements for o in shown):
+            return _nothing()
+        figure, axes = _grid(len(spectra(shown)), height=2.7)
+        for axis, measure in zip(axes, spectra(shown), strict=False):
+            axis.set_title(f"B_H = {samples_label(measure)}".replace("B_H", "$B_H$"), fontsize=11)
+            lines = {training_name(o.task.spec): eigenvalues(o, measure) for o in shown}
+            if not any(lines.values()):
+                _absent(axis)
+                continue
+            for i, values in enumerate(lines.values()):
+                axis.plot(
+                    range(1, len(values) + 1), values, marker=MARKERS[i % len(MARKERS)],
+                    color=COLOURS[i % len(COLOURS)], markersize=3.5, linewidth=1.1,
+                )  # fmt: skip
+            _signed_log(axis, [v for values in lines.values() for v in values])
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        _legend(figure, {training_name(o.task.spec): _mark(i) for i, o in enumerate(shown)}, columns=4)
+        _name_axes(figure, "index of the eigenvalue", "eigenvalue")
+    return figure
+
+
+def few_against_all(networks: Mapping[str, Sequence[Outcome]]) -> Figure:
+    """Show each top eigenvalue over few samples against that of the same rank over all, a panel a network of Table 6.
+
+    Log-log, with the line on which both are equal; eigenvalues that are not positive are left out.
+    """
+    with style():
+        figure, axes = _grid(len(networks), height=2.7)
+        labels: dict[str, Line2D] = {}
+        for axis, (title, outcomes) in zip(axes, networks.items(), strict=False):
+            axis.set_title(title, fontsize=11)
+            shown, every = of_first_seed(outcomes), [0.0]
+            *_, few, full = spectra(shown)
+            for i, outcome in enumerate(shown):
+                pairs = zip(eigenvalues(outcome, full), eigenvalues(outcome, few), strict=False)
+                points = [(x, y) for x, y in pairs if x > 0 and y > 0]
+                if points:
+                    every += [v for point in points for v in point]
+                    axis.loglog(
+                        *zip(*points, strict=True), linestyle="", marker=MARKERS[i % len(MARKERS)],
+                        color=COLOURS[i % len(COLOURS)], markersize=4, alpha=0.7,
+                    )  # fmt: skip
+                    labels[training_name(outcome.task.spec)] = _mark(i)
+            if len(every) == 1:
+                _absent(axis)
+                continue
+            ends = min(v for v in every if v > 0), max(every)
+            axis.loglog(ends, ends, color="#777777", linewidth=1, zorder=0)
+        _legend(figure, labels, columns=4)
+        _name_axes(figure, "eigenvalue over all samples", "over few samples")
+    return figure
+
+
+def _lines(
+    outcomes: Sequence[Outcome], kind: type[LossLine] | type[Interpolation], sets: Sequence[str], x: str
+) -> Figure:
+    shown = of_first_seed(outcomes)
+    with style():
+        if not any(line(o, kind) for o in shown):
+            return _nothing()
+        figure, axes = _grid(len(shown), height=1.9, shared=True)
+        for axis, outcome in zip(axes, shown, strict=False):
+            axis.set_title(training_name(outcome.task.spec), fontsize=11)
+            values = line(outcome, kind)
+            if values is None:
+                _absent(axis)
+                continue
+            for name in sets:
+                axis.semilogy(values["positions"], values["losses"][name], **_SETS[name])
+            if kind is Interpolation:
+                for place in (0, 1):
+                    axis.axvline(place, color="#777777", linewidth=0.8, zorder=0)
+            axis.margins(x=0)
+            axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        _legend(figure, {str(_SETS[name]["label"]): Line2D([], [], **_SETS[name]) for name in sets}, columns=3)  # type: ignore[arg-type]
+        _name_axes(figure, x, "loss")
+    return figure
+
+
+def _signed_log(axis: Axes, values: Sequence[float]) -> None:
+    """Set a logarithmic axis; with values of both signs, one to both sides of zero, and linear close to it."""
+    if min(values) > 0:
+        axis.set_yscale("log")
+        return
+    magnitudes = [abs(v) for v in values if v]
+    top = math.ceil(math.log10(max(magnitudes)))
+    bottom = max(math.floor(math.log10(min(magnitudes))), top - _DECADES)
+    axis.set_yscale("symlog", linthresh=10.0**bottom, linscale=0.8)
+    decades = [10.0**e for e in range(top, bottom - 1, -1 if top - bottom <= 3 else -2)]
+    negative = [-d for d in decades if d <= 10 * abs(min(values))]
+    axis.yaxis.set_major_locator(FixedLocator([*negative, 0, *reversed(decades)]))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.axhline(0, color="black", linewidth=0.8, zorder=0)
+    for threshold in (-(10.0**bottom), 10.0**bottom):
+        axis.axhline(threshold, color="#777777", linewidth=0.8, linestyle=":", zorder=0)
+
+
+def _grid(n: int, *, height: float, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure of at least ``n`` panels, two a row, so that they are wide enough on a phone."""
+    rows = max(1, -(-n // 2))
+    figure, axes = plt.subplots(
+        rows, 2, figsize=(_WIDTH, height * rows + 0.7), layout="constrained", squeeze=False, sharex=shared,
+        sharey=shared,
+    )  # fmt: skip
+    plt.close(figure)  # it is shown as the value of its cell, once
+    panels = list(axes.flat)
+    for axis in panels[n:]:
+        axis.axis("off")
+    for axis in panels[max(0, n - 2) : n]:
+        axis.tick_params(labelbottom=True)  # also above an empty place
+    for axis in panels:
+        axis.tick_params(labelsize=10)
+    return figure, panels
+
+
+def _mark(i: int) -> Line2D:
+    return Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], markersize=4, linewidth=1)
+
+
+def _legend(figure: Figure, handles: Mapping[str, Line2D], *, columns: int) -> None:
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside upper center", ncols=columns, fontsize=10,
+        handlelength=1.6, columnspacing=1,
+    )  # fmt: skip
+
+
+def _name_axes(figure: Figure, x: str, y: str) -> None:
+    figure.supxlabel(x, fontsize=12)
+    figure.supylabel(y, fontsize=12)
+
+
+def _absent(axis: Axes) -> None:
+    axis.text(0.5, 0.5, NOT_MEASURED, transform=axis.transAxes, ha="center", va="center", fontsize=11)
+    axis.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
+    axis.grid(visible=False)
+
+
+def _nothing() -> Figure:
+    """Return a strip that says of all networks at once that nothing has been measured."""
+    figure, axis = plt.subplots(figsize=(_WIDTH, 0.7), layout="constrained")
+    plt.close(figure)
+    axis.text(0.5, 0.5, f"all networks: {NOT_MEASURED}", ha="center", va="center", fontsize=11)
+    axis.axis("off")
+    return figure

@@ -1,0 +1,437 @@
+"""Section 3.3 in numbers: the Hessian's spectrum after adversarial training, sub-sampled and over all samples.
+
+Beside the paper's six networks stands a control: the original network trained on for as many epochs without an attack.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hessnb import training
+from hessnb.attacks import ATTACKS
+from hessnb.curvature import GGNOperator, HessianOperator, lanczos
+from hessnb.data import Split
+from hessnb.errors import RunFailed
+from hessnb.experiments.grid import Task
+from hessnb.experiments.networks import drawn, load_split, trained_model
+from hessnb.experiments.run import Outcome, compute, results
+from hessnb.experiments.spec import AttackSpec, Interpolation, LossLine, RunSpec, Spectrum
+from hessnb.experiments.store import Store
+from hessnb.models import layers
+from hessnb.paper.adversarial import ORIGINAL, network_name
+from hessnb.paper.numbers import second_difference
+from hessnb.paper.origins import origins
+from hessnb.paper.recorded import Recorded, profiles
+from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
+
+CONTROL = "control"
+
+# An attack of this size moves no pixel: in float32 it is zero.
+_NO_ATTACK = AttackSpec(method="FGSM", eps=1e-300, clip=False)
+
+# Samples of a minibatch of a Hessian-vector product over a whole set.
+_HESSIAN_BATCH = 250
+
+
+# -- networks --------------------------------------------------------------------------------------------------------
+
+
+def control(original: RunSpec, robust: RunSpec) -> RunSpec:
+    """Return the run that goes on from ``original`` by the recipe of ``robust``, but without an attack."""
+    return robust.model_copy(update={"attack": _NO_ATTACK, "parent": original})
+
+
+def training_name(spec: RunSpec) -> str:
+    """Return the paper's index of a network, "ORI" or its attack, or "control"."""
+    return CONTROL if spec.attack == _NO_ATTACK else network_name(spec)
+
+
+def results_with_control(
+    name: str,
+    *,
+    profile: str = "quick",
+    seeds: int | None = None,
+    device: str = "cpu",
+    store: str | Path | None = None,
+) -> list[Outcome]:
+    """Return what an artefact of original and robust networks shows, and the same of a control for each original.
+
+    Computes what the store lacks. Raises InputError for an unknown name, and RunFailed when a training diverged.
+    """
+    outcomes = results(name, profile=profile, seeds=seeds, device=device, store=store)
+    recipes = {o.task.spec.parent: o.task.spec for o in outcomes if o.task.spec.parent}
+    originals = [o.task for o in outcomes if o.task.spec.parent is None]
+    tasks = [Task(control(task.spec, recipes[task.spec]), task.measures) for task in originals]
+    controls = compute(Store(store), tasks, device=device)
+    for outcome in controls:
+        if outcome.result is not None and outcome.result.status == "failed":
+            raise RunFailed(f"{outcome.task.spec.label}, without an attack: {outcome.result.reason}")
+    return [*outcomes, *controls]
+
+
+def of_first_seed(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes of the lowest seed of which something was measured, in the order of the paper's networks."""
+    measured = [o.task.spec.recipe.seed for o in outcomes if o.measurements]
+    seed = min(measured, default=0)
+    order = [ORIGINAL, *ATTACKS, CONTROL]
+    chosen = [o for o in outcomes if o.task.spec.recipe.seed == seed]
+    return sorted(chosen, key=lambda o: order.index(training_name(o.task.spec)))
+
+
+# -- spectra ---------------------------------------------------------------------------------------------------------
+
+
+def spectra(outcomes: Sequence[Outcome]) -> list[Spectrum]:
+    """Return the spectra that were planned, whether measured or not, the fewest samples first, all samples last."""
+    found = dict.fromkeys(m for o in outcomes for m in o.task.measures if isinstance(m, Spectrum))
+    return sorted(found, key=lambda m: (m.samples or math.inf, m.draw or 0))
+
+
+def samples_label(measure: Spectrum) -> str:
+    """Return the paper's B_H of a spectrum: "1 (a)", "1 (b)", "320", "all"."""
+    if measure.samples is None:
+        return "all"
+    return f"1 ({'abcdefgh'[measure.draw or 0]})" if measure.samples == 1 else str(measure.samples)
+
+
+def eigenvalues(outcome: Outcome, measure: Spectrum) -> list[float]:
+    """Return measured eigenvalues, the largest first and the most negative last; empty when not measured."""
+    found = outcome.measurements.get(measure)
+    return sorted(found.values["eigenvalues"], reverse=True) if found else []
+
+
+def picked(split: Split, samples: int, draw: int) -> Split:
+    """Return the samples of a split that a spectrum of these ``samples`` and ``draw`` is taken of."""
+    few = drawn(len(split), samples, draw).to(split.images.device)
+    return Split(split.images[few], split.labels[few])
+
+
+def drawn_losses(
+    outcomes: Sequence[Outcome], *, device: str = "cpu", store: str | Path | None = None
+) -> dict[tuple[RunSpec, Spectrum], float]:
+    """Return the mean loss of each live network over the samples that each spectrum was taken of."""
+    losses = {}
+    for spec in (o.task.spec for o in outcomes):
+        model = trained_model(Store(store), spec, device)
+        for measure in spectra(outcomes):
+            split = load_split(spec, measure.split, torch.device(device))
+            if measure.samples is not None:
+                split = picked(split, measure.samples, measure.draw or 0)
+            losses[spec, measure] = training.evaluate(model, split)[0]
+    return losses
+
+
+def curvature_after(
+    outcomes: Sequence[Outcome],
+    *,
+    measures: Sequence[Spectrum] | None = None,
+    losses: Mapping[tuple[RunSpec, Spectrum], float] | None = None,
+    name: str,
+    caption: str,
+) -> Table:
+    """Return numbers of the spectra of Figs 5 and 11, or of some of them, one row a B_H and network.
+
+    The largest eigenvalue and the sum of the top ones, both also as a multiple of the original network's of the same
+    seed, the smallest, and how many are negative; with ``losses``, those of `drawn_losses`. Several seeds give mean and
+    standard deviation.
+    """
+    from_record = any(isinstance(o, Recorded) for o in outcomes)
+    rows = []
+    for measure in measures or spectra(outcomes):
+        for network in _networks(outcomes):
+            runs = [o for o in outcomes if training_name(o.task.spec) == network]
+            found = [values for o in runs if (values := eigenvalues(o, measure))]
+            lost = [losses[o.task.spec, measure] for o in runs] if losses else []
+            rows.append(
+                (
+                    samples_label(measure),
+                    network,
+                    *((mean_and_spread(lost, "{:.2g}"),) if losses else ()),
+                    mean_and_spread([values[0] for values in found], "{:.3g}"),
+                    _times(ratios(outcomes, network, measure, max)),
+                    mean_and_spread([math.fsum(values) for values in found], "{:.3g}") if found else "–",
+                    _times(ratios(outcomes, network, measure, math.fsum)),
+                    mean_and_spread([min(values) for values in found], "{:.2g}") if found else "–",
+                    mean_and_spread([sum(v < 0 for v in values) for values in found], "{:.0f}") if found else "–",
+                    *((profiles(runs),) if from_record else ()),
+                )
+            )
+    header = (
+        "B_H",
+        "Network",
+        *(("Loss",) if losses else ()),
+        "λ₁",
+        "÷ ORI",
+        "Sum",
+        "÷ ORI",
+        "Smallest",
+        "Negative",
+        *(("Profile",) if from_record else ()),
+    )
+    return Table(name, caption, header, tuple(map(_minus, rows)), origins(outcomes))
+
+
+def ratios(
+    outcomes: Sequence[Outcome], network: str, measure: Spectrum, number: Callable[[list[float]], float]
+) -> list[float]:
+    """Return a number of a network's spectrum over that of the original network, one for each seed with both."""
+    found = {
+        (training_name(o.task.spec), o.task.spec.recipe.seed): number(values)
+        for o in outcomes
+        if (values := eigenvalues(o, measure))
+    }
+    return [value / found[ORIGINAL, seed] for (of, seed), value in found.items() if of == network != ORIGINAL
+            and (ORIGINAL, seed) in found]  # fmt: skip
+
+
+# -- lines -----------------------------------------------------------------------------------------------------------
+
+
+def line_curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return the second differences of the losses along the eigenvector (Figs 12, 13) at the network, one row each."""
+    rows = []
+    for network in _networks(outcomes):
+        runs = [o for o in outcomes if training_name(o.task.spec) == network]
+        cells = [
+            mean_and_spread([c for o in runs for c in _curvatures(o, LossLine, of, 0.0)], "{:.3g}")
+            for of in ("train", "test", "batch")
+        ]
+        rows.append((network, *cells))
+    return Table(name, caption, ("Network", "training", "test", "batch"), tuple(map(_minus, rows)), origins(outcomes))
+
+
+def way_curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
+    """Return the second differences of the losses at both ends of the way from original to robust (Figs 4, 10)."""
+    rows = []
+    for network in _networks(outcomes):
+        runs = [o for o in outcomes if training_name(o.task.spec) == network]
+        cells = []
+        for of in ("train", "test"):
+            starts, ends = ([c for o in runs for c in _curvatures(o, Interpolation, of, at)] for at in (0.0, 1.0))
+            cells += [mean_and_spread(starts, "{:.3g}"), mean_and_spread(ends, "{:.3g}")]
+        rows.append((network, *cells))
+    header = ("Network", "training, original end", "training, robust end", "test, original end", "test, robust end")
+    return Table(name, caption, header, tuple(map(_minus, rows)), origins(outcomes))
+
+
+def line(outcome: Outcome, kind: type[LossLine] | type[Interpolation]) -> dict[str, Any] | None:
+    """Return what was measured on a line of this kind, or None."""
+    return next((found.values for measure, found in outcome.measurements.items() if isinstance(measure, kind)), None)
+
+
+def _curvatures(outcome: Outcome, kind: type[LossLine] | type[Interpolation], of: str, at: float) -> list[float]:
+    found = line(outcome, kind)
+    if found is None:
+        return []
+    return [second_difference(np.asarray(found["positions"]), np.asarray(found["losses"][of]), at)]
+
+
+# -- negative curvature ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """An extreme eigenvalue of a Hessian H = G + R, and its two parts v^T G v and v^T R v; v is its eigenvector."""
+
+    eigenvalue: float
+    gauss_newton: float
+    rest: float
+
+
+def extremes(model: nn.Module, samples: Split) -> tuple[Extreme, Extreme]:
+    """Return the largest and the smallest eigenvalue of the Hessian of the mean loss over some samples, in parts.
+
+    G is the Gauss-Newton matrix, R = sum_k (p_k - y_k) d^2 s_k / d theta^2 the rest, s_k being the logits. The model
+    decides the precision.
+    """
+    batches = samples.batches(_HESSIAN_BATCH)
+    hessian, gauss_newton = (operator(model, F.cross_entropy, batches) for operator in (HessianOperator, GGNOperator))
+    found = []
+    for which in ("LA", "SA"):
+        solved = lanczos(hessian, 1, 1e-3, which)
+        value, v = float(solved.eigenvalues[0]), solved.eigenvectors[0]
+        part = float(v @ gauss_newton.matvec(v))
+        found.append(Extreme(value, part, value - part))
+    return found[0], found[1]
+
+
+def within_layers(model: nn.Module, samples: Split, names: Sequence[str]) -> float:
+    """Return the largest |(H - G) v| among the diagonal blocks of these layers over the largest |G v|, v being random.
+
+    Zero but for rounding if the logits are linear in the parameters of each one layer, as in a ReLU network.
+    """
+    batches, rests, products = samples.batches(_HESSIAN_BATCH), [], []
+    for layer in names:
+        hessian, gauss_newton = (
+            operator(model, F.cross_entropy, batches, parameters=[layer]) for operator in (HessianOperator, GGNOperator)
+        )
+        v = torch.randn(hessian.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        product = gauss_newton.matvec(v)
+        rests.append(float(torch.linalg.vector_norm(hessian.matvec(v) - product)))
+        products.append(float(torch.linalg.vector_norm(product)))
+    return max(rests) / max(products)
+
+
+def parts_of_curvature(spec: RunSpec, cases: Mapping[str, Split], *, store: Store, name: str, caption: str) -> Table:
+    """Return the extreme eigenvalues over each case's samples, in the two parts of `extremes`; all in float64."""
+    model = trained_model(store, spec).double()
+    rows = []
+    for label, samples in cases.items():
+        samples = Split(samples.images.double(), samples.labels)
+        cells = [f"{training.evaluate(model, samples)[0]:.2g}"]
+        for extreme in extremes(model, samples):
+            cells += [f"{v:.2g}" for v in (extreme.eigenvalue, extreme.gauss_newton, extreme.rest)]
+        within = within_layers(model, samples, list(layers(spec.model.name, variant=spec.model.variant)))
+        rows.append((label, *cells, f"{within:.0e}" if within else "0"))
+    header = ("Samples", "Loss", "Largest", "from G", "from R", "Smallest", "from G", "from R", "R within layers")
+    return Table(name, caption, header, tuple(map(_minus, rows)))
+
+
+def hardest(model: nn.Module, split: Split) -> Split:
+    """Return the one sample of a split with the largest loss."""
+    with torch.no_grad():
+        losses = torch.cat([F.cross_entropy(model(x), y, reduction="none") for x, y in split.batches(_HESSIAN_BATCH)])
+    worst = losses.argmax().reshape(1)
+    return Split(split.images[worst], split.labels[worst])
+
+
+def lowest_curvature(
+    outcomes: Sequence[Outcome], *, device: str = "cpu", store: str | Path | None = None, name: str, caption: str
+) -> Table:
+    """Return the smallest eigenvalue of each network's full training Hessian, to one per cent, and the gradient's norm.
+
+    Found by asking for the smallest, which the top 20 by magnitude need not hold.
+    """
+    rows = []
+    for outcome in outcomes:
+        spec = outcome.task.spec
+        model = trained_model(Store(store), spec, device)
+        split = load_split(spec, "train", torch.device(device))
+        hessian = HessianOperator(model, F.cross_entropy, split.batches(_HESSIAN_BATCH))
+        found = lanczos(hessian, 1, 1e-2, "SA")
+        top = outcome.eigenvalues("train")
+        rows.append(
+            (
+                training_name(spec),
+                f"{found.eigenvalues[0]:.3g}",
+                f"{found.residuals[0]:.0e}",
+                f"{top[0]:.3g}",
+                f"{min(map(abs, top)):.3g}",
+                f"{float(torch.linalg.vector_norm(_gradient(model, split))):.2g}",
+            )
+        )
+    header = ("Network", "Smallest of all", "Residual", "λ₁", f"|λ| of rank {len(top)}", "Norm of the gradient")
+    return Table(name, caption, header, tuple(map(_minus, rows)))
+
+
+def _gradient(model: nn.Module, split: Split) -> Tensor:
+    """Return the gradient (n,) of the mean loss, float64."""
+    parameters = list(model.parameters())
+    total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=parameters[0].device)
+    for x, y in split.batches(_HESSIAN_BATCH):
+        parts = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), parameters)
+        total += torch.cat([part.flatten() for part in parts]).double()
+    return total / len(split)
+
+
+# -- claims ----------------------------------------------------------------------------------------------------------
+
+# As the scoreboard has it: a negative eigenvalue counts as significant below this part of the largest.
+_SIGNIFICANT = 0.01
+
+
+def answers(networks: Mapping[str, Sequence[Outcome]], *, name: str, caption: str) -> Table:
+    """Return what the paper's claims of section 3.3 come to in numbers, one column a network of Table 6.
+
+    ``networks`` are the outcomes of Figs 5 and 11, with or without a control.
+    """
+    rows = [
+        (claim, counted, *(answer(outcomes) for outcomes in networks.values())) for claim, counted, answer in _QUESTIONS
+    ]
+    return Table(name, caption, ("The paper's claim", "In numbers", *networks), tuple(rows))
+
+
+def _shrunk(control: bool, samples: bool) -> Callable[[Sequence[Outcome]], str]:
+    def answer(outcomes: Sequence[Outcome]) -> str:
+        wanted = [m for m in spectra(outcomes) if (m.samples or 0) != 1 and (m.samples is not None) == samples]
+        names = [CONTROL] if control else list(ATTACKS)
+        found = [r for m in wanted for network in names for r in ratios(outcomes, network, m, max)]
+        if not found or control:
+            return _span(found)
+        return f"{_span(found)}; below 1: {sum(r < 1 for r in found)} of {len(found)}"
+
+    return answer
+
+
+def _negative(single: bool, below: float) -> Callable[[Sequence[Outcome]], str]:
+    def answer(outcomes: Sequence[Outcome]) -> str:
+        wanted = [m for m in spectra(outcomes) if m.samples == (1 if single else None)]
+        six = [o for o in outcomes if training_name(o.task.spec) != CONTROL]
+        found = [values for m in wanted for o in six if (values := eigenvalues(o, m))]
+        hits = sum(min(values) < -below * max(values) for values in found)
+        return f"{hits} of {len(found)}" if found else NOT_MEASURED
+
+    return answer
+
+
+def _close(outcomes: Sequence[Outcome]) -> str:
+    drawn_few = next(m for m in spectra(outcomes) if m.samples and m.samples > 1)
+    found = []
+    for outcome in outcomes:
+        few, every = eigenvalues(outcome, drawn_few), outcome.eigenvalues("train")
+        if few and every and training_name(outcome.task.spec) != CONTROL:
+            found.append(few[0] / max(every))
+    return _span(found)
+
+
+def _saddle(outcomes: Sequence[Outcome]) -> str:
+    found = [o.eigenvalues("train") for o in outcomes if training_name(o.task.spec) == ORIGINAL]
+    counts = [f"{sum(v < 0 for v in values)} of {len(values)}" for values in found if values]
+    return "; ".join(counts) or NOT_MEASURED
+
+
+_QUESTIONS: tuple[tuple[str, str, Callable[[Sequence[Outcome]], str]], ...] = (
+    ("Adversarial training shrinks the spectrum", "λ₁ over all samples ÷ ORI", _shrunk(False, False)),
+    ("", "λ₁ over few samples ÷ ORI", _shrunk(False, True)),
+    ("(the control, without an attack)", "λ₁ over all samples ÷ ORI", _shrunk(True, False)),
+    ("Single samples have negative eigenvalues", "spectra with one in the top", _negative(True, 0.0)),
+    ("", "with one below −1 % of λ₁", _negative(True, _SIGNIFICANT)),
+    ("the full Hessian has none in its top", "spectra with one in the top", _negative(False, 0.0)),
+    ("Few samples and all are close", "λ₁ over few ÷ λ₁ over all", _close),
+    ("The original network is at a saddle (MNIST)", "negative ones in ORI's top", _saddle),
+)
+
+
+# -- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _networks(outcomes: Sequence[Outcome]) -> list[str]:
+    there = {training_name(o.task.spec) for o in outcomes}
+    return [name for name in (ORIGINAL, *ATTACKS, CONTROL) if name in there]
+
+
+def _times(values: Sequence[float]) -> str:
+    return mean_and_spread(values, "{:.2f}") if values else "–"
+
+
+def _span(values: Sequence[float]) -> str:
+    """Return the range of some values; one value as it is."""
+    if not values:
+        return NOT_MEASURED
+    low, high = (f"{v:.2g}" for v in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _minus(cells: tuple[str, ...]) -> tuple[str, ...]:
+    """Return cells whose numbers have a minus sign; a name such as FGSM-10 keeps its hyphen."""
+    return tuple(re.sub(r"(?<![A-Za-z0-9])-(?=\d)|(?<=e)-(?=\d)", "−", cell) for cell in cells)
