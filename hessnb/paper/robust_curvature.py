@@ -178,6 +178,8 @@ def curvature_after(
         "Negative",
         *(("Profile",) if from_record else ()),
     )
+    if not any(o.measurements for o in outcomes):
+        rows = [("all", "all", NOT_MEASURED, *["–"] * (len(header) - 3))]
     return Table(name, caption, header, tuple(map(_minus, rows)), origins(outcomes))
 
 
