@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import Interpolation, LossLine
@@ -139,6 +139,8 @@ def _signed_log(axis: Axes, values: Sequence[float]) -> None:
     """Set a logarithmic axis; with values of both signs, one to both sides of zero, and linear close to it."""
     if min(values) > 0:
         axis.set_yscale("log")
+        if max(values) >= 10 * min(values):  # else there may be no other label
+            axis.yaxis.set_minor_formatter(NullFormatter())
         return
     magnitudes = [abs(v) for v in values if v]
     top = math.ceil(math.log10(max(magnitudes)))

@@ -103,6 +103,8 @@ def test_table_of_spectra_counts_sums_and_compares_within_a_seed() -> None:
     both = rc.curvature_after(outcomes, name="tab-x", caption="x").rows[1]
     assert both[3] == "0.38 ± 0.18"
     assert rc.of_first_seed(outcomes[::-1]) == outcomes[:2]
+    nothing = rc.curvature_after([replace(o, measurements={}) for o in outcomes], name="tab-x", caption="x")
+    assert nothing.rows == (("all", "all", NOT_MEASURED, "–", "–", "–", "–", "–"),)
 
 
 def test_answers_are_counted(outcomes: list[Outcome]) -> None:

@@ -178,6 +178,8 @@ def curvature_after(
         "Negative",
         *(("Profile",) if from_record else ()),
     )
+    if not any(o.measurements for o in outcomes):
+        rows = [("all", "all", NOT_MEASURED, *["–"] * (len(header) - 3))]
     return Table(name, caption, header, tuple(map(_minus, rows)), origins(outcomes))
 
 
@@ -290,7 +292,7 @@ def parts_of_curvature(spec: RunSpec, cases: Mapping[str, Split], *, store: Stor
         samples = Split(samples.images.double(), samples.labels)
         cells = [f"{training.evaluate(model, samples)[0]:.2g}"]
         for extreme in extremes(model, samples):
-            cells += [f"{v:.2g}" for v in (extreme.eigenvalue, extreme.gauss_newton, extreme.rest)]
+            cells += [f"{v:.3g}" for v in (extreme.eigenvalue, extreme.gauss_newton, extreme.rest)]
         within = within_layers(model, samples, list(layers(spec.model.name, variant=spec.model.variant)))
         rows.append((label, *cells, f"{within:.0e}" if within else "0"))
     header = ("Samples", "Loss", "Largest", "from G", "from R", "Smallest", "from G", "from R", "R within layers")
