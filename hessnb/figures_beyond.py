@@ -158,7 +158,13 @@ def learning_rates(live: Sequence[Outcome], record: Sequence[Outcome], eps: floa
                     axis.plot(*zip(*points, strict=True), marker=MARKERS[i], color=COLOURS[i], label=label)
         bounds = sorted((r.lr, stability_bound(r.lr, r.momentum)) for r in (o.task.spec.recipe for o in live))
         left.plot(*zip(*bounds, strict=True), ":", color=COLOURS[6], label="2 (1 + β) / lr")
-        left.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="largest eigenvalue")
-        right.set(xscale="log", xlabel="learning rate", ylabel=f"accuracy under FGSM, {eps:g}, %")
+        left.set(yscale="log", ylabel="largest eigenvalue")
+        right.set(ylabel=f"accuracy under FGSM, {eps:g}, %")
+        for axis in (left, right):
+            axis.set(xscale="log", xlabel="learning rate")
+            rates = [lr for lr, _ in bounds]
+            axis.set_xticks(rates, [f"{lr:g}" for lr in rates], fontsize=9)
+            axis.minorticks_off()
         left.legend(fontsize=10)
+        right.legend(fontsize=10)
     return figure
