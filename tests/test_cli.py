@@ -48,7 +48,7 @@ def test_status_shows_what_is_there(store: Path) -> None:
     shown = call("status", *SMOKE, "--store", store)
     assert shown.exit_code == 0
     assert "there" in shown.stdout
-    assert "32/32" in shown.stdout
+    assert "34/34" in shown.stdout
     every = call("status", "--all", "--store", store)
     assert all(profile in every.stdout for profile in ("smoke", "quick", "laptop", "paper"))
 

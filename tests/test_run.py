@@ -65,7 +65,7 @@ def test_recorded_numbers_are_those_of_the_network(smoke: Store) -> None:
     last = outcome.result.history[-1]
     assert training.evaluate(model, splits.test) == (last.test_loss, last.test_accuracy)
     spectra = {m: found for m, found in outcome.measurements.items() if isinstance(m, Spectrum)}
-    assert len(spectra) == 2
+    assert len(spectra) == 3
     for spectrum, found in spectra.items():
         split = splits.train if spectrum.split == "train" else splits.test
         operator = HessianOperator(model, F.cross_entropy, split.batches(64))

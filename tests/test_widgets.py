@@ -128,6 +128,19 @@ def test_leading_directions_are_eigenvectors_and_a_random_one(digits: Splits) ->
     assert not torch.equal(chance, leading_directions(model, split, seed=1)["random, filter-normalised"])
 
 
+def test_displaced_network_has_the_moved_weights_and_the_given_one_its_own() -> None:
+    model = build("M1", width=0.1, seed=0).train()
+    weights = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    direction = torch.linspace(-1, 1, len(weights), dtype=torch.float64)
+    moved = displaced(model, direction, 0.5)
+    assert torch.equal(
+        nn.utils.parameters_to_vector(moved.parameters()), (weights.double() + 0.5 * direction).to(weights.dtype)
+    )
+    assert not moved.training
+    assert model.training
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), weights)
+
+
 # -- the attacks -------------------------------------------------------------------------------------------------------
 
 

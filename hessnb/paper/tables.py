@@ -122,7 +122,12 @@ def data_sets(names: Sequence[str]) -> Table:
 def stopping(outcome: Outcome, *, name: str, caption: str) -> Table:
     """Return the eigenvalues of a network by power and by Lanczos iteration, with residuals and products."""
     power = next(m for measure, m in outcome.measurements.items() if isinstance(measure, PowerIteration)).values
-    spectra = {measure.k: m.values for measure, m in outcome.measurements.items() if isinstance(measure, Spectrum)}
+    spectra = {
+        measure.k: m.values
+        for measure, m in outcome.measurements.items()
+        if isinstance(measure, Spectrum)
+        and (measure.split, measure.parameters, measure.samples) == ("train", None, None)
+    }
     certified = spectra[max(spectra)]
     rows = []
     for i, value in enumerate(power["eigenvalues"]):
