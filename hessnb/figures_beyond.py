@@ -29,6 +29,7 @@ def densities(outcomes: Sequence[Outcome], top: Sequence[Outcome]) -> Figure:
     """
     shown = [(o, density) for o in outcomes if (density := spectral(o))]
     largest = max((float(density.nodes.max()) for _, density in shown), default=1.0)
+    lowest = min((float(density.nodes.min()) for _, density in shown), default=-1.0)
     inner = 10.0 ** round(torch.tensor(RESOLUTION * largest).log10().item())
     exact = {o.task.spec: o.eigenvalues("train") for o in top}
     with style():
@@ -47,11 +48,11 @@ def densities(outcomes: Sequence[Outcome], top: Sequence[Outcome]) -> Figure:
             axis.plot(leading, [0.3] * len(leading), "|", color=COLOURS[6], markersize=9, markeredgewidth=1.2)
             axis.set_yscale("log")
             axis.set_xscale("symlog", linthresh=inner, linscale=0.5)
-            axis.set(ylim=(0.1, 3 * density.n), yticks=[1, 1e2, 1e4])
+            axis.set(ylim=(0.1, 3 * density.n), yticks=[1, 1e2, 1e4], xlim=(min(2 * lowest, -3 * inner), 2 * largest))
             axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", loc="left", fontsize=11)
         if shown:
             axes[-1, 0].set_xlabel("eigenvalue of the training Hessian")
-            axes[len(shown) // 2, 0].set_ylabel("eigenvalues in the bin")
+            figure.supylabel("eigenvalues in the bin", fontsize=12)
     return figure
 
 
@@ -157,7 +158,13 @@ def learning_rates(live: Sequence[Outcome], record: Sequence[Outcome], eps: floa
                     axis.plot(*zip(*points, strict=True), marker=MARKERS[i], color=COLOURS[i], label=label)
         bounds = sorted((r.lr, stability_bound(r.lr, r.momentum)) for r in (o.task.spec.recipe for o in live))
         left.plot(*zip(*bounds, strict=True), ":", color=COLOURS[6], label="2 (1 + β) / lr")
-        left.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="largest eigenvalue")
-        right.set(xscale="log", xlabel="learning rate", ylabel=f"accuracy under FGSM, {eps:g}, %")
+        left.set(yscale="log", ylabel="largest eigenvalue")
+        right.set(ylabel=f"accuracy under FGSM, {eps:g}, %")
+        for axis in (left, right):
+            axis.set(xscale="log", xlabel="learning rate")
+            rates = [lr for lr, _ in bounds]
+            axis.set_xticks(rates, [f"{lr:g}" for lr in rates], fontsize=9)
+            axis.minorticks_off()
         left.legend(fontsize=10)
+        right.legend(fontsize=10)
     return figure

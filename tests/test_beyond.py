@@ -158,7 +158,9 @@ def test_table_of_densities_is_what_the_rules_say(store: Store) -> None:
         trace = found["n"] * sum(t * w for t, w in zip(found["nodes"][0], found["weights"][0], strict=True))
         assert row[1] == f"{trace:.3g}", "one probe has no error"
         assert row[2] == f"{sum(exact.eigenvalues('train')[:3]) / trace:.0%}"
-    assert beyond.densities([], [], 4, name="tab-y", caption="a caption").rows == ()
+    empty = beyond.densities([replace(spectra[0], measurements={})], [], 4, name="tab-y", caption="a caption")
+    assert empty.rows == ((NOT_MEASURED, "–", "–", "–", "–", "–"),)
+    assert empty.origins == ()
 
 
 def test_largest_drop_is_the_one_with_five_on_either_side() -> None:

@@ -65,7 +65,7 @@ def densities(outcomes: Sequence[Outcome], top: Sequence[Outcome], classes: int,
     errors over random probes.
     """
     leading = {o.task.spec: o.eigenvalues("train") for o in top}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for outcome in outcomes:
         found, exact = spectral(outcome), leading.get(outcome.task.spec, [])
         if found is None:
@@ -77,8 +77,9 @@ def densities(outcomes: Sequence[Outcome], top: Sequence[Outcome], classes: int,
         share = f"{sum(exact[: classes - 1]) / trace.value:.0%}" if len(exact) >= classes else NOT_MEASURED
         cells = (_error(trace, "{:.3g}"), share, _drop(exact), _error(negative, "{:.1%}"), f"{mass:.1%}")
         rows.append((str(outcome.task.spec.recipe.batch_size), *cells))
+    rows = rows or [(NOT_MEASURED, *["–"] * 5)]
     header = ("Batch", "trace", f"first {classes - 1}, of the trace", "largest drop", "negative", "negative part")
-    return Table(name, caption, header, tuple(rows), origins(outcomes))
+    return Table(name, caption, header, tuple(rows), origins([o for o in outcomes if spectral(o)]))
 
 
 def _error(found: Estimate, form: str) -> str:
