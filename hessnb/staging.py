@@ -54,9 +54,9 @@ def _tag(cell: nbformat.NotebookNode) -> None:
     """Hide what only papermill and Colab need, and fold code that imports or draws, unless it is tagged show-input."""
     tags = cell.metadata.get("tags", [])
     if HIDDEN & set(tags):
-        cell.metadata["tags"] = [*tags, "remove-cell"]
+        cell.metadata["tags"] = list(dict.fromkeys([*tags, "remove-cell"]))
     elif cell.cell_type == "code" and "show-input" not in tags and (_draws(cell) or _begins_with_import(cell)):
-        cell.metadata["tags"] = [*tags, "hide-input"]
+        cell.metadata["tags"] = list(dict.fromkeys([*tags, "hide-input"]))
 
 
 def _draws(cell: nbformat.NotebookNode) -> bool:

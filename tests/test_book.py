@@ -54,6 +54,7 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "book").mkdir()
     (tmp_path / "_config.yml").write_text(
         "title: small\nonly_build_toc_files: true\nexecute: {execute_notebooks: 'off'}\n"
+        "repository:\n  url: https://github.com/hessnb/small\n  branch: main\n"
     )
     (tmp_path / "_toc.yml").write_text(
         "format: jb-book\nroot: book/intro\nchapters:\n"
