@@ -6,7 +6,8 @@
     book/_build/html/                               the last good HTML
 
 A chapter runs again when its source, the package, its parameters, the record or the versions of Python and torch have
-changed; the HTML is made again when anything on the staging folder has.
+changed; the HTML is made again when anything on the staging folder has. On a CPU as many chapters run at once as it has
+cores: their networks are small, and one thread each wastes least. The store's locks keep two from doing the same work.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import nbformat
 import torch
@@ -36,6 +41,9 @@ from hessnb.experiments.provenance import device_name
 from hessnb.experiments.store import store_root
 
 Say = Callable[[str], None]
+
+# Chapters at once, whatever the number of cores: each may want gigabytes.
+_AT_MOST = 4
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,7 @@ def build(
             if executed:
                 sources = [_executed_elsewhere(source, executed) for source in notebooks.sources(root)]
             else:
-                sources = [
-                    _executed_here(root, s, parameters, may=s in may_run, say=say) for s in notebooks.sources(root)
-                ]
+                sources = _executed_here(root, parameters, may_run, say)
             return _publish(root, sources, say)
     except Timeout:
         raise InputError(f"another build is going on in {work}; wait for it to end") from None
@@ -84,14 +90,72 @@ def build(
 # -- executing -----------------------------------------------------------------------------------------------------
 
 
-def _executed_here(root: Path, source: Path, parameters: Parameters, *, may: bool, say: Say) -> Path:
-    """Return the executed notebook of a source, after executing it if that is needed and allowed."""
-    work = root / "book" / "_build"
-    target = work / "executed" / Path(parameters.profile).stem / f"{source.stem}.ipynb"
-    fingerprint = _fingerprint(root, source, parameters)
-    if target.exists() and (not may or _fingerprint_of(target) == fingerprint):
-        say(f"{source.stem}: unchanged" if may else f"{source.stem}: as last executed")
-        return target
+def _executed_here(root: Path, parameters: Parameters, may_run: Sequence[Path], say: Say) -> list[Path]:
+    """Return the executed notebook of each source, after executing those that need it and may be."""
+    targets, missing = [], []
+    for source in notebooks.sources(root):
+        target = root / "book" / "_build" / "executed" / Path(parameters.profile).stem / f"{source.stem}.ipynb"
+        fingerprint, may = _fingerprint(root, source, parameters), source in may_run
+        targets.append(target)
+        if target.exists() and (not may or _fingerprint_of(target) == fingerprint):
+            say(f"{source.stem}: unchanged" if may else f"{source.stem}: as last executed")
+        else:
+            missing.append((source, target, fingerprint))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = min(cores, _AT_MOST, max(1, len(missing))) if parameters.device == "cpu" else 1
+
+    def executing(source: Path, target: Path, fingerprint: str) -> Callable[[], None]:
+        return lambda: _execute_into(target, root, source, parameters, fingerprint, say)
+
+    with _threads_of_kernels(max(1, cores // at_once)):
+        _carry_out([executing(*one) for one in missing], at_once)
+    return targets
+
+
+@contextmanager
+def _threads_of_kernels(n: int) -> Iterator[None]:
+    """Let kernels started meanwhile compute with ``n`` threads each, unless the user has said how many."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given is None:
+        os.environ["OMP_NUM_THREADS"] = str(n)
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["OMP_NUM_THREADS"]
+
+
+def _carry_out(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
+    """Do jobs, some at once; when one raises start no further one, let those under way end, and raise what it raised.
+
+    Their threads do not keep the interpreter alive, so that an interrupt ends everything.
+    """
+    waiting, ended = deque(jobs), SimpleQueue[BaseException | None]()
+
+    def work() -> None:
+        fault: BaseException | None = None
+        while fault is None:
+            try:
+                job = waiting.popleft()
+            except IndexError:
+                break
+            try:
+                job()
+            except BaseException as error:
+                waiting.clear()
+                fault = error
+        ended.put(fault)
+
+    for _ in range(at_once):
+        threading.Thread(target=work, daemon=True).start()
+    faults = [ended.get() for _ in range(at_once)]
+    for fault in faults:
+        if fault is not None:
+            raise fault
+
+
+def _execute_into(target: Path, root: Path, source: Path, parameters: Parameters, fingerprint: str, say: Say) -> None:
+    """Execute a chapter and keep the notebook, with what it came from."""
     say(f"{source.stem}: executing with profile {parameters.profile}")
     started = time.perf_counter()
     notebook = _execute(root, source, parameters)
@@ -106,7 +170,6 @@ def _executed_here(root: Path, source: Path, parameters: Parameters, *, may: boo
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, nbformat.writes(notebook).encode())
     say(f"{source.stem}: done in {time.perf_counter() - started:.0f} s")
-    return target
 
 
 def _execute(root: Path, source: Path, parameters: Parameters) -> nbformat.NotebookNode:
@@ -124,7 +187,8 @@ def _execute(root: Path, source: Path, parameters: Parameters) -> nbformat.Noteb
             str(failed),
             given,
             kernel_name="python3",
-            cwd=str(source.parent),
+            # Where the kernel runs; papermill's own cwd changes the folder of this whole process.
+            resources={"metadata": {"path": str(source.parent.resolve())}},
             progress_bar=False,
             extra_arguments=["--log-level=ERROR"],  # the kernel would warn of its own loopback socket
         )
