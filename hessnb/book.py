@@ -2,12 +2,13 @@
 
     book/_build/executed/<profile>/NN_slug.ipynb    executed notebooks, with the fingerprint of what they came from
     book/_build/failed/NN_slug.ipynb                the notebook that stopped the last build, for a look
-    book/_build/site/                               staging folder: what Jupyter Book sees
+    book/_build/site/                               staging folder: what Jupyter Book saw last
     book/_build/html/                               the last good HTML
 
 A chapter runs again when its source, the package, its parameters, the record or the versions of Python and torch have
-changed; the HTML is made again when anything on the staging folder has. On a CPU as many chapters run at once as it has
-cores: their networks are small, and one thread each wastes least. The store's locks keep two from doing the same work.
+changed; the HTML is made again when anything that the pages are made from has. On a CPU as many chapters run at once as
+it has cores: their networks are small, and one thread each wastes least. The store's locks keep two from doing the same
+work.
 """
 
 from __future__ import annotations
@@ -128,15 +129,16 @@ def _threads_of_kernels(n: int) -> Iterator[None]:
 def _carry_out(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
     """Do jobs, some at once; when one raises start no further one, let those under way end, and raise what it raised.
 
-    Their threads do not keep the interpreter alive, so that an interrupt ends everything.
+    Every second worker begins with the last job: the last chapters are the longest, and started last each would end
+    alone. The threads do not keep the interpreter alive, so that an interrupt ends everything.
     """
     waiting, ended = deque(jobs), SimpleQueue[BaseException | None]()
 
-    def work() -> None:
+    def work(take: Callable[[], Callable[[], None]]) -> None:
         fault: BaseException | None = None
         while fault is None:
             try:
-                job = waiting.popleft()
+                job = take()
             except IndexError:
                 break
             try:
@@ -146,8 +148,9 @@ def _carry_out(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
                 fault = error
         ended.put(fault)
 
-    for _ in range(at_once):
-        threading.Thread(target=work, daemon=True).start()
+    for number in range(at_once):
+        take = waiting.pop if number % 2 else waiting.popleft
+        threading.Thread(target=work, args=(take,), daemon=True).start()
     faults = [ended.get() for _ in range(at_once)]
     for fault in faults:
         if fault is not None:
@@ -238,14 +241,11 @@ def _gate(notebook: nbformat.NotebookNode, name: str) -> None:
 
 def _fingerprint(root: Path, source: Path, parameters: Parameters) -> str:
     """Return a digest of all that a chapter's outputs depend on."""
-    package = Path(hessnb.__file__).parent
-    in_package = _files(package, ("*.py", "*.toml", "*.csv", "*.js", "*.css"))
-    files = [source, *in_package, *_files(root / "book" / "record", ("*.json",))]
+    files = [source, *_package(), *_files(root / "book" / "record", ("*.json",))]
     if parameters.profile.endswith(".toml"):
         files.append(Path(parameters.profile))
     told = asdict(parameters) | {"store": str(store_root(parameters.store).resolve())}
-    versions = [platform.python_version(), str(torch.__version__)]
-    return _digest(files, json.dumps([told, versions], sort_keys=True))
+    return _digest(files, json.dumps([told, _versions()], sort_keys=True))
 
 
 def _fingerprint_of(executed: Path) -> str | None:
@@ -264,15 +264,15 @@ def _publish(root: Path, executed: list[Path], say: Say) -> Path:
     work = root / "book" / "_build"
     site, html, fresh = work / "site", work / "html", work / "html.new"
     _recover(html, work / "html.old")
-    shutil.rmtree(site, ignore_errors=True)
-    staging.stage(root, executed, site)
-    fingerprint = _digest(_files(site, ("*",)), "", base=site)
+    fingerprint = _fingerprint_of_pages(root, executed)
     marker = html / ".fingerprint"
     if marker.exists() and marker.read_text() == fingerprint:
         say(f"nothing changed: {html / 'index.html'}")
         return html / "index.html"
     say("building the HTML")
+    shutil.rmtree(site, ignore_errors=True)
     shutil.rmtree(fresh, ignore_errors=True)
+    staging.stage(root, executed, site)
     log = work / "sphinx.log"
     command = [
         *(sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(site)),
@@ -305,6 +305,21 @@ def _recover(html: Path, old: Path) -> None:
 
 
 # -- digests -------------------------------------------------------------------------------------------------------
+
+
+def _fingerprint_of_pages(root: Path, executed: list[Path]) -> str:
+    """Return a digest of all that the pages are made from."""
+    prose = [path for path in _files(root / "book", ("*",)) if (root / "book" / "_build") not in path.parents]
+    files = [root / "_config.yml", root / "_toc.yml", *prose, *notebooks.sources(root)]
+    return _digest(files, _digest([*executed, *_package()], json.dumps(_versions())), base=root)
+
+
+def _package() -> list[Path]:
+    return _files(Path(hessnb.__file__).parent, ("*.py", "*.toml", "*.csv", "*.js", "*.css"))
+
+
+def _versions() -> list[str]:
+    return [platform.python_version(), str(torch.__version__)]
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:

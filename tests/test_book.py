@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_small_book_from_first_build_to_failure_and_back(project: Path) -> None:
     def run() -> list[str]:
         said.clear()
         build(project, SMOKE, say=said.append)
-        return [line.split(":")[0] for line in said if "executing" in line]
+        return sorted(line.split(":")[0] for line in said if "executing" in line)
 
     assert run() == ["01_chapter", "02_chapter"]
     html = project / "book" / "_build" / "html"
@@ -107,6 +108,23 @@ def test_small_book_from_first_build_to_failure_and_back(project: Path) -> None:
     html.rename(html.with_name("html.old"))  # as a kill between the two renames would leave it
     assert run() == []
     assert "mended" in (html / "book" / "intro.html").read_text()
+
+
+def test_chapters_run_at_once_and_a_failure_costs_no_other(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    wait = "import os, pathlib, time\n\npathlib.Path(f'here_{number}').touch()\n"
+    wait += "while not pathlib.Path(f'here_{other}').exists():\n    time.sleep(0.05)\n"  # for ever, unless both run
+    chapter(project, "01", f"number, other = 1, 2\n{wait}raise KeyError('absent')")
+    chapter(project, "02", f"number, other = 2, 1\n{wait}time.sleep(1)\nprint(os.environ['OMP_NUM_THREADS'], 'each')")
+    here = Path.cwd()
+    with pytest.raises(RunFailed, match="01_chapter"):
+        build(project, SMOKE, say=lambda _: None)
+    kept = project / "book" / "_build" / "executed" / "smoke" / "02_chapter.ipynb"
+    assert "2 each" in kept.read_text(), "four cores, two chapters: two threads each"
+    assert (project / "notebooks" / "here_1").exists(), "a kernel runs where its notebook lies"
+    assert Path.cwd() == here
+    assert "OMP_NUM_THREADS" not in os.environ
 
 
 def test_only_the_chapters_asked_for_run_again(project: Path) -> None:

@@ -152,6 +152,23 @@ def test_diverged_training_is_recorded_as_failed_and_the_next_one_goes_on(tmp_pa
     assert done.complete
 
 
+def test_a_network_that_another_process_is_at_work_on_is_left_for_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (grid.Task(task.spec, ()) for task in grid.artefact("table7").tasks(load_profile("smoke")))
+    monkeypatch.setattr(Store, "is_held", lambda self, spec: spec == first.spec)
+    begun: list[str] = []
+
+    def report(label: str, share: float, detail: str) -> None:
+        if share == 0.0:
+            begun.append(label.split(":")[0])
+
+    outcomes = run.compute(Store(tmp_path), [first, second], report=report)
+    assert begun == [second.spec.label, first.spec.label]
+    assert [outcome.task for outcome in outcomes] == [first, second], "in the order asked for"
+    assert all(outcome.complete for outcome in outcomes)
+
+
 def test_notebook_call_raises_for_a_failed_training(tmp_path: Path) -> None:
     text = (Path(grid.__file__).parent / "profiles" / "smoke.toml").read_text().replace("lr = 0.05", "lr = 1e9")
     (tmp_path / "wild.toml").write_text(text)

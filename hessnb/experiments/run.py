@@ -85,16 +85,27 @@ def compute(
 ) -> list[Outcome]:
     """Compute what is missing of each task, in order, and return all outcomes.
 
-    A training that diverges is kept as failed and the next task goes on. Raises InputError for data, a device or a
-    store that cannot be used.
+    A network that another process is at work on is left for last, so that two that need the same share the work. A
+    training that diverges is kept as failed and the next task goes on. Raises InputError for data, a device or a store
+    that cannot be used.
     """
     where = data.check_device(device)
-    for task in tasks:
+    for task in _held_last(store, tasks):
         result = train_run(store, task.spec, device=where, report=report)
         if result.status == "done":
             for measure in task.measures:
                 measure_run(store, task.spec, measure, device=where, report=report)
     return look_up(store, tasks)
+
+
+def _held_last(store: Store, tasks: Sequence[Task]) -> Iterator[Task]:
+    held = []
+    for task in tasks:
+        if store.is_held(task.spec):
+            held.append(task)
+        else:
+            yield task
+    yield from held
 
 
 def results(
