@@ -306,17 +306,20 @@ def test_eigensolve_stops_at_a_save_and_goes_on_from_there(
     store = copy_of(network, tmp_path / "store")
     spec = tasks("table7")[0].spec
     spectrum = Spectrum(split="train", k=4, tol=1e-3)
-    whole = run.measure_run(copy_of(network, tmp_path / "whole"), spec, spectrum)
-    monkeypatch.setitem(run.RESUMED, "spectrum", 0.2)
-    monkeypatch.setattr(campaign, "_STEP", 0.1)
-    monkeypatch.setattr(measure, "lanczos", partial(lanczos, save_seconds=0.2))
-    multiply = HessianOperator.matvec
+    multiply, products, pause = HessianOperator.matvec, 0, 0.0
 
     def slowly(operator: HessianOperator, v: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.02)
+        nonlocal products
+        products += 1
+        time.sleep(pause)
         return multiply(operator, v)
 
     monkeypatch.setattr(HessianOperator, "matvec", slowly)
+    whole = run.measure_run(copy_of(network, tmp_path / "whole"), spec, spectrum)
+    pause = 4.0 / products  # longer than the budget below, on a machine of any speed
+    monkeypatch.setitem(run.RESUMED, "spectrum", 0.2)
+    monkeypatch.setattr(campaign, "_STEP", 0.1)
+    monkeypatch.setattr(measure, "lanczos", partial(lanczos, save_seconds=0.2))
     calls, spent = 0, [0.0]
     while store.measurement(spec, spectrum) is None:
         started = time.monotonic()
