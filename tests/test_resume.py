@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -143,7 +144,9 @@ def test_interrupt_says_so_exits_130_and_keeps_the_checkpoint(tmp_path: Path) ->
     (tmp_path / "long.toml").write_text(_long_profile())
     store = tmp_path / "store"
     command = [sys.executable, "-m", "hessnb", "run", "table7", "--profile", "long.toml", "--store", str(store)]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    # A shell lets what it starts in the background ignore the signal, and tests may be among that.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     while not list(store.glob("runs/*/checkpoint.safetensors")):
         assert process.poll() is None
         time.sleep(0.05)
