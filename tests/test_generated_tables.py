@@ -10,7 +10,7 @@ import pytest
 
 from hessnb.errors import InputError
 from hessnb.pages import speed_tables
-from hessnb.paper.tables import NOT_MEASURED
+from hessnb.paper.tables import NOT_MEASURED, markdown
 
 RATIO = {"median": 14.25, "min": 13.0, "max": 15.5}
 PROVENANCE = {
@@ -95,3 +95,19 @@ def test_damaged_file_is_an_input_error_that_names_it(tmp_path: Path, content: s
 def test_recorded_benchmarks_can_be_shown() -> None:
     path = Path(__file__).parents[1] / "book" / "record" / "benchmarks.json"
     assert "Measured on:" in speed_tables(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "rule"),
+    [
+        (["live", "record (paper)"], ":---"),
+        (["✓ holds", f"· {NOT_MEASURED}"], ":---"),
+        (["0.49 (2.96)", NOT_MEASURED, "–"], "---:"),
+        (["× 14.7 (8.65 to 24.9)", "−0.05"], "---:"),
+        ([NOT_MEASURED, "–"], "---:"),
+        (["12 words that are too many for a cell of one line"], ":---"),
+    ],
+)
+def test_columns_of_text_stand_on_the_left_and_numbers_on_the_right(column: list[str], rule: str) -> None:
+    lines = markdown(["first", "second"], [["7", cell] for cell in column]).splitlines()
+    assert lines[1] == f"| :--- | {rule} |"

@@ -423,7 +423,7 @@ def _networks(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _times(values: Sequence[float]) -> str:
-    return mean_and_spread(values, "{:.2f}") if values else "–"
+    return mean_and_spread(values, "{:.2f}" if max(values) < 100 else "{:.0f}") if values else "–"
 
 
 def _span(values: Sequence[float]) -> str:

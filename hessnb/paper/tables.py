@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from hessnb.experiments.spec import PowerIteration, Spectrum
 from hessnb.paper.origins import HEADER, Origin
 
 NOT_MEASURED = "not measured yet"
+
+_NUMBER = re.compile(r"[-−+×<>≤≥~(\s]*[.\d]")
 
 # Cells up to this many characters stay on one line; longer ones are text, which wraps and stands on the left.
 _SHORT = 24
@@ -53,9 +56,9 @@ _FOLDED = "Where these numbers come from"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table: short cells on one line, columns of text on the left, others on the right."""
-    wide = [max(map(len, column)) > _SHORT for column in zip(*rows, strict=True)] or [False] * len(header)
-    rule = [":---" if i == 0 or wide[i] else "---:" for i in range(len(header))]
+    """Return a Markdown table: short cells on one line, columns of text on the left, of numbers on the right."""
+    text = [_is_text(column) for column in zip(*rows, strict=True)] or [False] * len(header)
+    rule = [":---" if i == 0 or text[i] else "---:" for i in range(len(header))]
     lines = [header, rule, *(tuple(map(_cell, row)) for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
 
@@ -67,6 +70,12 @@ def _html(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
     head, body = line("th", [html.escape(cell) for cell in header]), "".join(line("td", row) for row in rows)
     told = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return f"<table>{told}<thead>{head}</thead><tbody>{body}</tbody></table>"
+
+
+def _is_text(column: Sequence[str]) -> bool:
+    """Whether a column has a long cell, or cells and among them no number."""
+    filled = [cell for cell in column if cell not in ("", "–", NOT_MEASURED)]
+    return max(map(len, column)) > _SHORT or (bool(filled) and not any(map(_NUMBER.match, filled)))
 
 
 def _cell(text: str) -> str:
