@@ -177,6 +177,12 @@ def test_tables_of_batch_sizes_show_robustness_and_input_curvature(store: Store)
     assert inputs.rows[1][1].startswith(f"{values['lambda1']:.3g} (")
     shown = large_batch.correlations(found, 0.01, name="tab-z", caption="a caption")
     assert {cell for row in shown.rows for cell in row[3:]} == {"too few"}
+    iterated = large_batch.iterated(found, 0.01, name="tab-i", caption="a caption")
+    ten = AttackSpec(method="FGSM-10", eps=0.01, clip=True)
+    fgsm10 = [100 * o.measurements[AttackAccuracy(split="test", attack=ten)].values["accuracy"] for o in found]
+    column = iterated.header.index("FGSM-10")
+    assert [row[column] for row in iterated.rows] == [*(f"{accuracy:.1f}" for accuracy in fgsm10), "too few"]
+    assert iterated.rows[0][2] == f"{measured[0]:.1f}"
 
 
 def _fgsm(eps: float) -> AttackSpec:

@@ -79,7 +79,7 @@ def _full(profile: Profile) -> Spectrum:
 
 
 def _large_batch(name: str) -> Tasks:
-    """Return the tasks of a network's rows in Tables 1, 2 and 7."""
+    """Return the tasks of a network's rows in Tables 1, 2 and 7, and FGSM-10, of which section 3.2 says the same."""
 
     def tasks(profile: Profile, seed: int) -> list[Task]:
         network, spectrum = profile.large_batch[name], profile.spectrum
@@ -94,6 +94,7 @@ def _large_batch(name: str) -> Tasks:
             Spectrum(split="test", k=1, tol=spectrum.tol),
             *(InputCurvature(split=split) for split in SPLITS),
             *(AttackAccuracy(split=split, attack=attack) for attack in attacks for split in SPLITS),
+            AttackAccuracy(split="test", attack=AttackSpec(method="FGSM-10", eps=network.middle_eps, clip=True)),
         )
         return [Task(network.spec(batch_size, seed), measures) for batch_size in network.batch_sizes]
 

@@ -26,6 +26,11 @@ class LargeBatch(Frozen):
     max_epochs: PositiveInt
     eps: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
 
+    @property
+    def middle_eps(self) -> float:
+        """The size of attack at which most is left to tell networks apart: neither the smallest nor the largest."""
+        return sorted(self.eps)[len(self.eps) // 2]
+
     def spec(self, batch_size: int, seed: int) -> RunSpec:
         """Return the run of one batch size and seed."""
         recipe = Recipe(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import pandas as pd
 
@@ -57,6 +58,26 @@ def robustness(table: str, outcomes: Sequence[Outcome], *, name: str, caption: s
         )
     ]
     return _table(table, outcomes, columns, name, caption)
+
+
+def iterated(outcomes: Sequence[Outcome], eps: float, *, name: str, caption: str) -> Table:
+    """Return accuracies (%) on the test set under FGSM and FGSM-10 of size ``eps``, exact: section 3.2's second attack.
+
+    One row a batch size of one network's ``outcomes``; last, each column's rank correlation with the batch size.
+    """
+    columns = {"clean": accuracy, "FGSM": attacked(eps), "FGSM-10": attacked(eps, method="FGSM-10")}
+    from_record = any(isinstance(o, Recorded) for o in outcomes)
+    sizes = sorted({o.task.spec.recipe.batch_size for o in outcomes})
+    rows = []
+    for size in sizes:
+        runs = [o for o in outcomes if o.task.spec.recipe.batch_size == size]
+        cells = [mean_and_spread(column(runs, "test"), "{:.1f}") for column in columns.values()]
+        seeds = sum(o.result is not None for o in runs)
+        rows.append((str(size), *cells, str(seeds), *((profiles(runs),) if from_record else ())))
+    ranks = [_correlation(outcomes, _batch_size, column, "test") for column in columns.values()]
+    rows.append(("correlation with it", *ranks, "–", *(("–",) if from_record else ())))
+    header = ("Batch", *columns, "Seeds", *(("Profile",) if from_record else ()))
+    return Table(name, caption, header, tuple(rows), origins(outcomes))
 
 
 def correlations(outcomes: Sequence[Outcome], eps: float, *, name: str, caption: str) -> Table:
@@ -114,14 +135,18 @@ def input_gradient(outcomes: Sequence[Outcome], split: SplitName) -> list[float]
     return _values(outcomes, InputCurvature(split=split), "gradient_norm")
 
 
-def attacked(eps: float, *, plain: bool = False) -> Column:
-    """Return the column of accuracies, in per cent, under FGSM of size ``eps``, clipped to the pixels' range.
+def _batch_size(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
+    return [float(o.task.spec.recipe.batch_size) for o in outcomes]
+
+
+def attacked(eps: float, *, plain: bool = False, method: Literal["FGSM", "FGSM-10"] = "FGSM") -> Column:
+    """Return the column of accuracies, in per cent, under an attack of size ``eps``, clipped to the pixels' range.
 
     ``plain`` takes the gradient of the loss as float32 rounds it.
     """
 
     def column(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
-        attack = AttackSpec(method="FGSM", eps=eps, clip=True, precision="plain" if plain else None)
+        attack = AttackSpec(method=method, eps=eps, clip=True, precision="plain" if plain else None)
         measure = AttackAccuracy(split=split, attack=attack)
         return [100 * accuracy for accuracy in _values(outcomes, measure, "accuracy")]
 
