@@ -195,8 +195,8 @@ def test_correlations_are_those_of_the_measured_pairs(outcomes: list[Outcome]) -
     made = [_invented(spec, result, i, 90.0 - 10 * i) for i in range(6)]
     table = large_batch.correlations(made, 0.01, name="tab-z", caption="a caption")
     assert table.rows[1][3].startswith("too few")  # no spectrum
-    assert table.rows[1][4].startswith("-1.00")
-    assert table.rows[1][5].startswith("-1.00")
+    assert table.rows[1][4].startswith("−1.00")
+    assert table.rows[1][5].startswith("−1.00")
 
 
 def _invented(spec: RunSpec, result: RunResult | None, i: int, accuracy: float) -> Outcome:

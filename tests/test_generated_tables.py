@@ -105,6 +105,7 @@ def test_recorded_benchmarks_can_be_shown() -> None:
         (["0.49 (2.96)", NOT_MEASURED, "–"], "---:"),
         (["× 14.7 (8.65 to 24.9)", "−0.05"], "---:"),
         ([NOT_MEASURED, "–"], "---:"),
+        ([f"{NOT_MEASURED} (31.4)", NOT_MEASURED, "too few"], "---:"),
         (["12 words that are too many for a cell of one line"], ":---"),
     ],
 )

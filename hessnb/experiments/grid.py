@@ -340,7 +340,7 @@ def _strong(profile: Profile, seed: int) -> list[Task]:
 def _compared(profile: Profile) -> tuple[Measure, ...]:
     """Return what seeds and sweeps compare: the leading eigenvalues, and the accuracy under FGSM of the middle size."""
     m1 = profile.large_batch["M1"]
-    attack = AttackSpec(method="FGSM", eps=sorted(m1.eps)[len(m1.eps) // 2], clip=True)
+    attack = AttackSpec(method="FGSM", eps=m1.middle_eps, clip=True)
     return _leading(profile), AttackAccuracy(split="test", attack=attack)
 
 

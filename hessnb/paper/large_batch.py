@@ -14,7 +14,7 @@ from hessnb.experiments.spec import SPLITS, AttackAccuracy, AttackSpec, InputCur
 from hessnb.paper.origins import origins
 from hessnb.paper.published import published
 from hessnb.paper.recorded import Recorded, papers_own, profiles
-from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
+from hessnb.paper.tables import NOT_MEASURED, TOO_FEW, Table, mean_and_spread
 from hessnb.statistics import spearman
 
 # Title, values, the paper's column if it has one, and how a value is written.
@@ -116,7 +116,7 @@ def _correlation(runs: Sequence[Outcome], first: Column, second: Column, split: 
 
 def _shown(x: Sequence[float], y: Sequence[float]) -> str:
     found = spearman(x, y)
-    return "too few" if found is None else f"{found:.2f}"
+    return TOO_FEW if found is None else f"{found:.2f}".replace("-", "−")
 
 
 def accuracy(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:

@@ -14,6 +14,10 @@ from hessnb.experiments.spec import PowerIteration, Spectrum
 from hessnb.paper.origins import HEADER, Origin
 
 NOT_MEASURED = "not measured yet"
+TOO_FEW = "too few"
+
+# What stands where a number is missing.
+STAND_INS = NOT_MEASURED, TOO_FEW
 
 _NUMBER = re.compile(r"[-−+×<>≤≥~(\s]*[.\d]")
 
@@ -73,9 +77,9 @@ def _html(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
 
 
 def _is_text(column: Sequence[str]) -> bool:
-    """Whether a column has a long cell, or cells and among them no number."""
-    filled = [cell for cell in column if cell not in ("", "–", NOT_MEASURED)]
-    return max(map(len, column)) > _SHORT or (bool(filled) and not any(map(_NUMBER.match, filled)))
+    """Whether a column has cells, and among them no number and none that stands for one; or a long cell."""
+    filled = [cell for cell in column if not cell.startswith(("–", *STAND_INS))]
+    return max(map(len, column)) > _SHORT or (any(filled) and not any(map(_NUMBER.match, filled)))
 
 
 def _cell(text: str) -> str:

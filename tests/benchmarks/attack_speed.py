@@ -11,8 +11,10 @@ each and two more for every product, one of them a derivative of the backward pa
 
 The network is M1, trained here to a loss of 0.02 on 5,000 MNIST digits, the samples MNIST test digits. Runs alternate
 in one process; ratios are the other's seconds over hessnb's, round by round. The gradient and foolbox compute in
-float64 on a network that was converted before, in batches of the size that hessnb takes, and get the same result to
-1e-12; hessnb is given the float32 network and its conversion counts. So do its checks. Seconds are those of the
+float64 on a network that was converted before and get the same result to 1e-12. The gradient is taken in batches of
+the size that hessnb takes. Foolbox leaves batches to its caller, and is called both ways: with all digits at once, and
+in the same batches. Against the gradient hessnb is given the float32 network, and its conversion counts. So do its
+checks. Seconds are those of the
 processor, summed over threads. Nothing is asserted. Needs MNIST (HESSNB_DATA) and foolbox: pip install -e '.[bench]'.
 """
 
@@ -104,14 +106,16 @@ def foolbox_attacks(chosen: argparse.Namespace) -> list[Row]:
     rows = []
     for name, (ours, attack, epsilon) in attacks.items():
 
-        def theirs(attack: Any = attack, epsilon: float = epsilon) -> Tensor:
-            parts = zip(x.double().split(BATCH), y.split(BATCH), strict=True)
+        def theirs(batch: int, attack: Any = attack, epsilon: float = epsilon) -> Tensor:
+            parts = zip(x.double().split(batch), y.split(batch), strict=True)
             return torch.cat([attack.run(bounded, part, labels, epsilon=epsilon) for part, labels in parts])
 
         # In float64 on both sides, so that the results can be compared.
         mine = partial(ours, in_float64(), x.double(), y, eps=EPS)
         what = f"{name.upper()}, M1, {chosen.digits:,} digits"
-        rows.append(against(chosen, f"attack-foolbox-{name}", what, peers.version("foolbox"), mine, theirs))
+        for batch, how in (chosen.digits, "all digits in one call"), (BATCH, f"called with {BATCH} at a time"):
+            peer = f"{peers.version('foolbox')}, {how}"
+            rows.append(against(chosen, f"attack-foolbox-{name}-{batch}", what, peer, mine, partial(theirs, batch)))
     return rows
 
 
