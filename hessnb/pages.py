@@ -13,7 +13,7 @@ from hessnb.experiments.grid import ARTEFACTS
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.record import recorded
 from hessnb.paper import scoreboard
-from hessnb.paper.tables import NOT_MEASURED
+from hessnb.paper.tables import NOT_MEASURED, markdown
 
 Executed = list[tuple[str, nbformat.NotebookNode]]
 
@@ -84,10 +84,8 @@ def speed_tables(path: Path) -> str:
 
 
 def _ratios(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| What | Beside | Times faster | hessnb | Other | Products | Largest residual |",
-        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    header = ("What", "Beside", "Times faster", "hessnb", "Other", "Products", "Largest residual")
+    lines = []
     for row in rows:
         ratio = row["ratio"]
         spread = "" if row["rounds"] == 1 else f" ({ratio['min']:.3g} to {ratio['max']:.3g})"
@@ -101,8 +99,8 @@ def _ratios(rows: list[dict[str, Any]]) -> str:
             " / ".join(str(products[who]) for who in ("ours", "peer") if who in products),
             " / ".join(f"{residuals[who]:.0e}" for who in ("ours", "peer") if who in residuals),
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" if rows else ""
+        lines.append(cells)
+    return markdown(header, lines) + "\n" if rows else ""
 
 
 def _seconds(seconds: float) -> str:
@@ -120,14 +118,12 @@ def _products(rows: list[dict[str, Any]]) -> str:
     if not table:
         return ""
     names = list(dict.fromkeys(name for line in table.values() for name in line))
-    lines = ["| Batch | " + " | ".join(names) + " |", "| ---: |" + " ---: |" * len(names)]
-    lines += [
-        f"| {size} | " + " | ".join(line.get(name, NOT_MEASURED) for name in names) + " |"
+    lines = [
+        (size, *(line.get(name, NOT_MEASURED) for name in names))
         for size, line in sorted(table.items(), key=lambda item: int(item[0]))
     ]
-    return (
-        "The cost of one product over the data set, in gradients over the same batches:\n\n" + "\n".join(lines) + "\n"
-    )
+    shown = markdown(("Batch", *names), lines)
+    return f"The cost of one product over the data set, in gradients over the same batches:\n\n{shown}\n"
 
 
 def _memory(row: dict[str, Any]) -> str:
