@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hessnb import figures_beyond, training
+from hessnb import training
 from hessnb.attacks import autoattack, pgd
 from hessnb.errors import InputError
 from hessnb.experiments import grid, run
@@ -28,6 +28,7 @@ from hessnb.experiments.spec import (
     parse_measure,
 )
 from hessnb.experiments.store import Measurement, RunResult, Store
+from hessnb.figures import beyond as figures_beyond
 from hessnb.paper import beyond
 from hessnb.paper.adversarial import network_name
 from hessnb.paper.large_batch import accuracy

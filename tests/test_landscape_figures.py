@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from hessnb import figures_landscape as drawn
 from hessnb.curvature import HessianOperator
 from hessnb.data import Split
 from hessnb.experiments import grid, networks, run
@@ -23,6 +22,7 @@ from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import LossLine, LossPlane, Measure, Spectrum
 from hessnb.experiments.store import Measurement, Store
+from hessnb.figures import landscape as drawn
 from hessnb.landscape import along, random_direction
 from hessnb.paper import landscapes
 from hessnb.paper.recorded import Recorded

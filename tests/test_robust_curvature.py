@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from hessnb import figures_robust, training
+from hessnb import training
 from hessnb.curvature import GGNOperator, HessianOperator
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError
@@ -22,6 +22,7 @@ from hessnb.experiments.profile import AdversarialTraining, load_profile
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import Spectrum
 from hessnb.experiments.store import Measurement, Store
+from hessnb.figures import robust as figures_robust
 from hessnb.models import build, layers
 from hessnb.paper import robust_curvature as rc
 from hessnb.paper.recorded import from_record

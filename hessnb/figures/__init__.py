@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import torch
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -20,35 +17,12 @@ from hessnb.data import Splits
 from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy
+from hessnb.figures.style import COLOURS, MARKERS, style
 from hessnb.models import layers
 from hessnb.paper.adversarial import accuracy_under, network_name
 from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
 from hessnb.paper.large_batch import attacked, input_gradient, input_lambda1, lambda1
 from hessnb.paper.published import published
-
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Draw inside with the book's style."""
-    settings: dict[Any, Any] = {
-        "axes.prop_cycle": cycler(color=COLOURS),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "figure.dpi": 150,
-        "font.size": 12,
-        "legend.frameon": False,
-        "lines.linewidth": 1.8,
-        "lines.markersize": 5,
-        "svg.fonttype": "path",
-        "svg.hashsalt": "hessnb",  # the same figure gives the same bytes
-    }
-    with plt.rc_context(settings):
-        yield
 
 
 def _new(

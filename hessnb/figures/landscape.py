@@ -5,30 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from scipy.interpolate import RectBivariateSpline
 
 from hessnb.experiments.run import Outcome
-from hessnb.figures import COLOURS, style
+from hessnb.figures.style import COLOURS, SETS, absent, grid, legend_of_sets, name_axes, nothing, style
 from hessnb.landscape import Landscape
 from hessnb.paper.landscapes import extremes, first_of_each, line, plane, rise
 from hessnb.paper.recorded import Recorded
-from hessnb.paper.tables import NOT_MEASURED
-
-# The paper's blue, red and green, in shades that the colour-blind tell apart; the lines differ as well.
-_LINES = {
-    "train": {"color": COLOURS[0], "linestyle": "-", "label": "training set"},
-    "test": {"color": COLOURS[5], "linestyle": "--", "label": "test set"},
-    "batch": {"color": COLOURS[2], "linestyle": ":", "label": "training batch"},
-}
-
-# In inches; the text of a figure that is shrunk to a phone stays readable.
-_WIDTH = 5.2
 
 
 def loss_lines(outcomes: Sequence[Outcome]) -> Figure:
@@ -39,19 +25,19 @@ def loss_lines(outcomes: Sequence[Outcome]) -> Figure:
     shown = first_of_each(outcomes)
     with style():
         if not any(map(line, shown)):
-            return _nothing(shown)
-        figure, axes = _grid(len(shown), shared=True, height=1.9)
+            return nothing(_sizes(shown))
+        figure, axes = grid(len(shown), shared=True, height=1.9)
         for axis, outcome in zip(axes, shown, strict=False):
             axis.set_title(_title(outcome), fontsize=11)
             values = line(outcome)
             if values is None:
-                _absent(axis)
+                absent(axis)
                 continue
             for name, losses in values["losses"].items():
-                axis.semilogy(values["positions"], losses, **_LINES[name])
+                axis.semilogy(values["positions"], losses, **SETS[name])
             axis.margins(x=0)
-        _name_axes(figure, "position t along the eigenvector", "loss")
-        _legend(figure, list(_LINES))
+        name_axes(figure, "position t along the eigenvector", "loss")
+        legend_of_sets(figure, list(SETS))
     return figure
 
 
@@ -62,7 +48,7 @@ def parabolas(outcomes: Sequence[Outcome]) -> Figure:
     """
     shown = [o for o in extremes(outcomes) if line(o) and o.eigenvalues("train")]
     with style():
-        figure, axes = _grid(len(shown), shared=True, height=2.6)
+        figure, axes = grid(len(shown), shared=True, height=2.6)
         for axis, outcome in zip(axes, shown, strict=False):
             distances, rises = rise(outcome)
             eigenvalue = outcome.eigenvalues("train")[0]
@@ -72,7 +58,7 @@ def parabolas(outcomes: Sequence[Outcome]) -> Figure:
             axis.set_title(_title(outcome), fontsize=11)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=10)
-        _name_axes(figure, "distance t along the eigenvector", "rise of the loss")
+        name_axes(figure, "distance t along the eigenvector", "rise of the loss")
     return figure
 
 
@@ -85,28 +71,28 @@ def loss_planes(outcomes: Sequence[Outcome]) -> Figure:
     shown = first_of_each(outcomes)
     with style():
         if not any(map(plane, shown)):
-            return _nothing(shown)
-        figure, axes = _grid(len(shown), shared=True, height=2.5)
+            return nothing(_sizes(shown))
+        figure, axes = grid(len(shown), shared=True, height=2.5)
         for axis, outcome in zip(axes, shown, strict=False):
             axis.set_title(_title(outcome), fontsize=11)
             values = plane(outcome)
             if values is None:
-                _absent(axis)
+                absent(axis)
                 continue
             for name, losses in values["losses"].items():
                 _contours(axis, values["positions"], losses, name)
             axis.plot(0, 0, "+", color="black", markersize=9)
             axis.set_aspect("equal")
             axis.grid(visible=False)
-        _name_axes(figure, "position along the first eigenvector", "along the second")
-        _legend(figure, ["train", "test"])
+        name_axes(figure, "position along the first eigenvector", "along the second")
+        legend_of_sets(figure, ["train", "test"])
     return figure
 
 
 def directions(steps: Mapping[str, Mapping[str, Landscape]]) -> Figure:
     """Show the training loss along directions: a panel for each length of the step, a line for each direction."""
     with style():
-        figure, axes = _grid(len(steps), shared=False)
+        figure, axes = grid(len(steps), shared=False)
         for axis, (title, lines) in zip(axes, steps.items(), strict=False):
             for i, (label, found) in enumerate(lines.items()):
                 colour, dash = COLOURS[(0, 1)[i % 2]], ("-", "--")[i % 2]
@@ -115,32 +101,8 @@ def directions(steps: Mapping[str, Mapping[str, Landscape]]) -> Figure:
             axis.margins(x=0)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=10)
-        _name_axes(figure, "position t", "training loss")
+        name_axes(figure, "position t", "training loss")
     return figure
-
-
-def _grid(n: int, *, shared: bool = False, height: float = 2.1) -> tuple[Figure, list[Axes]]:
-    """Return a figure of at least ``n`` panels, two a row, so that they are wide enough on a phone."""
-    rows = max(1, -(-n // 2))
-    figure, axes = plt.subplots(
-        rows,
-        2,
-        figsize=(_WIDTH, height * rows + 0.7),
-        layout="constrained",
-        squeeze=False,
-        sharex=shared,
-        sharey=shared,
-    )
-    plt.close(figure)  # it is shown as the value of its cell, once
-    panels = list(axes.flat)
-    for axis in panels[n:]:
-        axis.axis("off")
-    for axis in panels[max(0, n - 2) : n]:
-        axis.tick_params(labelbottom=True)  # also above an empty place
-    for axis in panels:
-        axis.tick_params(labelsize=10)
-        axis.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
-    return figure, panels
 
 
 def _title(outcome: Outcome) -> str:
@@ -149,32 +111,8 @@ def _title(outcome: Outcome) -> str:
     return title if not isinstance(outcome, Recorded) or outcome.papers_own else f"{title} ({outcome.profile})"
 
 
-def _absent(axis: Axes) -> None:
-    axis.text(0.5, 0.5, NOT_MEASURED, transform=axis.transAxes, ha="center", va="center", fontsize=11)
-    axis.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
-    axis.grid(visible=False)
-
-
-def _nothing(outcomes: Sequence[Outcome]) -> Figure:
-    """Return a strip that says of all batch sizes at once that nothing has been measured."""
-    figure, axis = plt.subplots(figsize=(_WIDTH, 0.9), layout="constrained")
-    plt.close(figure)
-    sizes = ", ".join(str(outcome.task.spec.recipe.batch_size) for outcome in outcomes)
-    axis.text(0.5, 0.5, f"B = {sizes}:\n{NOT_MEASURED}", ha="center", va="center", fontsize=11)
-    axis.axis("off")
-    return figure
-
-
-def _name_axes(figure: Figure, x: str, y: str) -> None:
-    figure.supxlabel(x, fontsize=12)
-    figure.supylabel(y, fontsize=12)
-
-
-def _legend(figure: Figure, names: Sequence[str]) -> None:
-    handles = [Line2D([], [], **_LINES[name]) for name in names]  # type: ignore[arg-type]
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=len(handles), fontsize=10, handlelength=2, columnspacing=1
-    )
+def _sizes(outcomes: Sequence[Outcome]) -> str:
+    return "B = " + ", ".join(str(outcome.task.spec.recipe.batch_size) for outcome in outcomes)
 
 
 def _contours(axis: Axes, positions: Sequence[float], losses: Sequence[Sequence[float]], name: str) -> None:
@@ -190,8 +128,8 @@ def _contours(axis: Axes, positions: Sequence[float], losses: Sequence[Sequence[
     finite = heights[np.isfinite(heights)]
     levels = [half / 2 for half in range(math.floor(2 * finite.min()), math.ceil(2 * finite.max()) + 1)]
     drawn = axis.contour(
-        places, places, heights.T, levels=levels, colors=[_LINES[name]["color"]],
-        linestyles=_LINES[name]["linestyle"], linewidths=1.3,
+        places, places, heights.T, levels=levels, colors=[SETS[name]["color"]],
+        linestyles=SETS[name]["linestyle"], linewidths=1.3,
     )  # fmt: skip
     wide = 0.3 * (places[-1] - places[0])  # there is no room for a number in a smaller ring
     named = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hessnb.curvature import SpectralDensity
 from hessnb.experiments.run import Outcome
-from hessnb.figures import COLOURS, MARKERS, style
+from hessnb.figures.style import COLOURS, MARKERS, style
 from hessnb.paper.beyond import RESOLUTION, Rescaling, followed, spectral, under_fgsm
 from hessnb.paper.large_batch import lambda1
 from hessnb.sharpness import stability_bound

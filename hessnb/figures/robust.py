@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,18 +14,19 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLoca
 
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import Interpolation, LossLine
-from hessnb.figures import COLOURS, MARKERS, style
+from hessnb.figures.style import (
+    COLOURS,
+    MARKERS,
+    SETS,
+    absent,
+    grid,
+    legend,
+    legend_of_sets,
+    name_axes,
+    nothing,
+    style,
+)
 from hessnb.paper.robust_curvature import eigenvalues, line, of_first_seed, samples_label, spectra, training_name
-from hessnb.paper.tables import NOT_MEASURED
-
-_SETS = {
-    "train": {"color": COLOURS[0], "linestyle": "-", "label": "training set"},
-    "test": {"color": COLOURS[5], "linestyle": "--", "label": "test set"},
-    "batch": {"color": COLOURS[2], "linestyle": ":", "label": "training batch"},
-}
-
-# In inches; the text of a figure that is shrunk to a phone stays readable.
-_WIDTH = 5.2
 
 # Decades of a log axis to each side of zero.
 _DECADES = 4
@@ -57,13 +57,13 @@ def robust_spectra(outcomes: Sequence[Outcome]) -> Figure:
     shown = of_first_seed(outcomes)
     with style():
         if not any(o.measurements for o in shown):
-            return _nothing()
-        figure, axes = _grid(len(spectra(shown)), height=2.7)
+            return nothing("all networks")
+        figure, axes = grid(len(spectra(shown)), height=2.7)
         for axis, measure in zip(axes, spectra(shown), strict=False):
             axis.set_title(f"B_H = {samples_label(measure)}".replace("B_H", "$B_H$"), fontsize=11)
             lines = {training_name(o.task.spec): eigenvalues(o, measure) for o in shown}
             if not any(lines.values()):
-                _absent(axis)
+                absent(axis)
                 continue
             for i, values in enumerate(lines.values()):
                 axis.plot(
@@ -72,8 +72,8 @@ def robust_spectra(outcomes: Sequence[Outcome]) -> Figure:
                 )  # fmt: skip
             _signed_log(axis, [v for values in lines.values() for v in values])
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        _legend(figure, {training_name(o.task.spec): _mark(i) for i, o in enumerate(shown)}, columns=4)
-        _name_axes(figure, "index of the eigenvalue", "eigenvalue")
+        legend(figure, {training_name(o.task.spec): _mark(i) for i, o in enumerate(shown)}, columns=4)
+        name_axes(figure, "index of the eigenvalue", "eigenvalue")
     return figure
 
 
@@ -83,7 +83,7 @@ def few_against_all(networks: Mapping[str, Sequence[Outcome]]) -> Figure:
     Log-log, with the line on which both are equal; eigenvalues that are not positive are left out.
     """
     with style():
-        figure, axes = _grid(len(networks), height=2.7)
+        figure, axes = grid(len(networks), height=2.7)
         labels: dict[str, Line2D] = {}
         for axis, (title, outcomes) in zip(axes, networks.items(), strict=False):
             axis.set_title(title, fontsize=11)
@@ -100,12 +100,12 @@ def few_against_all(networks: Mapping[str, Sequence[Outcome]]) -> Figure:
                     )  # fmt: skip
                     labels[training_name(outcome.task.spec)] = _mark(i)
             if len(every) == 1:
-                _absent(axis)
+                absent(axis)
                 continue
             ends = min(v for v in every if v > 0), max(every)
             axis.loglog(ends, ends, color="#777777", linewidth=1, zorder=0)
-        _legend(figure, labels, columns=4)
-        _name_axes(figure, "eigenvalue over all samples", "over few samples")
+        legend(figure, labels, columns=4)
+        name_axes(figure, "eigenvalue over all samples", "over few samples")
     return figure
 
 
@@ -115,23 +115,22 @@ def _lines(
     shown = of_first_seed(outcomes)
     with style():
         if not any(line(o, kind) for o in shown):
-            return _nothing()
-        figure, axes = _grid(len(shown), height=1.9, shared=True)
+            return nothing("all networks")
+        figure, axes = grid(len(shown), height=1.9, shared=True)
         for axis, outcome in zip(axes, shown, strict=False):
             axis.set_title(training_name(outcome.task.spec), fontsize=11)
             values = line(outcome, kind)
             if values is None:
-                _absent(axis)
+                absent(axis)
                 continue
             for name in sets:
-                axis.semilogy(values["positions"], values["losses"][name], **_SETS[name])
+                axis.semilogy(values["positions"], values["losses"][name], **SETS[name])
             if kind is Interpolation:
                 for place in (0, 1):
                     axis.axvline(place, color="#777777", linewidth=0.8, zorder=0)
             axis.margins(x=0)
-            axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-        _legend(figure, {str(_SETS[name]["label"]): Line2D([], [], **_SETS[name]) for name in sets}, columns=3)  # type: ignore[arg-type]
-        _name_axes(figure, x, "loss")
+        legend_of_sets(figure, sets)
+        name_axes(figure, x, "loss")
     return figure
 
 
@@ -155,50 +154,5 @@ def _signed_log(axis: Axes, values: Sequence[float]) -> None:
         axis.axhline(threshold, color="#777777", linewidth=0.8, linestyle=":", zorder=0)
 
 
-def _grid(n: int, *, height: float, shared: bool = False) -> tuple[Figure, list[Axes]]:
-    """Return a figure of at least ``n`` panels, two a row, so that they are wide enough on a phone."""
-    rows = max(1, -(-n // 2))
-    figure, axes = plt.subplots(
-        rows, 2, figsize=(_WIDTH, height * rows + 0.7), layout="constrained", squeeze=False, sharex=shared,
-        sharey=shared,
-    )  # fmt: skip
-    plt.close(figure)  # it is shown as the value of its cell, once
-    panels = list(axes.flat)
-    for axis in panels[n:]:
-        axis.axis("off")
-    for axis in panels[max(0, n - 2) : n]:
-        axis.tick_params(labelbottom=True)  # also above an empty place
-    for axis in panels:
-        axis.tick_params(labelsize=10)
-    return figure, panels
-
-
 def _mark(i: int) -> Line2D:
     return Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], markersize=4, linewidth=1)
-
-
-def _legend(figure: Figure, handles: Mapping[str, Line2D], *, columns: int) -> None:
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside upper center", ncols=columns, fontsize=10,
-        handlelength=1.6, columnspacing=1,
-    )  # fmt: skip
-
-
-def _name_axes(figure: Figure, x: str, y: str) -> None:
-    figure.supxlabel(x, fontsize=12)
-    figure.supylabel(y, fontsize=12)
-
-
-def _absent(axis: Axes) -> None:
-    axis.text(0.5, 0.5, NOT_MEASURED, transform=axis.transAxes, ha="center", va="center", fontsize=11)
-    axis.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
-    axis.grid(visible=False)
-
-
-def _nothing() -> Figure:
-    """Return a strip that says of all networks at once that nothing has been measured."""
-    figure, axis = plt.subplots(figsize=(_WIDTH, 0.7), layout="constrained")
-    plt.close(figure)
-    axis.text(0.5, 0.5, f"all networks: {NOT_MEASURED}", ha="center", va="center", fontsize=11)
-    axis.axis("off")
-    return figure

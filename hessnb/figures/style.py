@@ -1,0 +1,109 @@
+"""The book's style of figures: colours, panels two a row, and how a figure says that something is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib.pyplot as plt
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from hessnb.paper.tables import NOT_MEASURED
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+# Losses over which samples, as the paper colours them: blue, red and green, in shades that the colour-blind tell apart;
+# the lines differ as well.
+SETS: dict[str, dict[str, str]] = {
+    "train": {"color": COLOURS[0], "linestyle": "-", "label": "training set"},
+    "test": {"color": COLOURS[5], "linestyle": "--", "label": "test set"},
+    "batch": {"color": COLOURS[2], "linestyle": ":", "label": "training batch"},
+}
+
+# In inches; the text of a figure that is shrunk to a phone stays readable.
+_WIDTH = 5.2
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw inside with the book's style."""
+    settings: dict[Any, Any] = {
+        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "figure.dpi": 150,
+        "font.size": 12,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "hessnb",  # the same figure gives the same bytes
+    }
+    with plt.rc_context(settings):
+        yield
+
+
+def grid(n: int, *, height: float = 2.1, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure of at least ``n`` panels, two a row, so that they are wide enough on a phone.
+
+    ``height`` of a row in inches; ``shared`` axes. The places after the n-th are empty.
+    """
+    rows = max(1, -(-n // 2))
+    figure, axes = plt.subplots(
+        rows, 2, figsize=(_WIDTH, height * rows + 0.7), layout="constrained", squeeze=False, sharex=shared,
+        sharey=shared,
+    )  # fmt: skip
+    plt.close(figure)  # it is shown as the value of its cell, once
+    panels = list(axes.flat)
+    for axis in panels[n:]:
+        axis.axis("off")
+    for axis in panels[max(0, n - 2) : n]:
+        axis.tick_params(labelbottom=True)  # also above an empty place
+    for axis in panels:
+        axis.tick_params(labelsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    return figure, panels
+
+
+def name_axes(figure: Figure, x: str, y: str) -> None:
+    """Name the axes of all panels at once."""
+    figure.supxlabel(x, fontsize=12)
+    figure.supylabel(y, fontsize=12)
+
+
+def legend(figure: Figure, handles: Mapping[str, Line2D], *, columns: int) -> None:
+    """Put one legend above all panels."""
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside upper center", ncols=columns, fontsize=10,
+        handlelength=2, columnspacing=1,
+    )  # fmt: skip
+
+
+def legend_of_sets(figure: Figure, names: Sequence[str]) -> None:
+    """Put a legend of `SETS` above all panels."""
+    legend(figure, {SETS[name]["label"]: Line2D([], [], **SETS[name]) for name in names}, columns=len(names))  # type: ignore[arg-type]
+
+
+def absent(axis: Axes) -> None:
+    """Say in a panel that it has not been measured yet."""
+    axis.text(0.5, 0.5, NOT_MEASURED, transform=axis.transAxes, ha="center", va="center", fontsize=11)
+    axis.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
+    axis.grid(visible=False)
+
+
+def nothing(of: str) -> Figure:
+    """Return a strip that says of all panels at once that nothing has been measured yet."""
+    figure, axis = plt.subplots(figsize=(_WIDTH, 0.9), layout="constrained")
+    plt.close(figure)
+    axis.text(0.5, 0.5, f"{of}:\n{NOT_MEASURED}", ha="center", va="center", fontsize=11)
+    axis.axis("off")
+    return figure
