@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,21 @@ def test_recorded_numbers_give_the_verdicts_of_equal_printed_ones(table: str) ->
     ]
     assert exact
     assert all(part.interval is None and part.n == 0 for part in exact), "what is planned and not measured is open"
+
+
+def test_a_spectrum_counts_where_a_longer_one_has_not_been_measured() -> None:
+    whole = invented("table7")[0]
+    (leading, _), (longer, _) = sorted(
+        ((m, found) for m, found in whole.measurements.items() if isinstance(m, Spectrum) and m.split == "train"),
+        key=lambda pair: getattr(pair[0], "k", 0),
+    )
+    assert isinstance(leading, Spectrum)
+    assert isinstance(longer, Spectrum)
+    assert leading.k < longer.k
+    found = {m: measurement for m, measurement in whole.measurements.items() if m != longer}
+    (row,) = numbers.measured([replace(whole, measurements=found)]).to_dict("records")
+    assert row["lambda1_train"] == published("table7")["lambda1_train"]["M1", 64]
+    assert math.isnan(row[f"lambda{longer.k}_train"])
 
 
 def test_spectra_are_told_apart_by_what_they_are_over() -> None:

@@ -77,8 +77,8 @@ def _row(outcome: Recorded) -> Row:
     ended = outcome.result.history[-1] if outcome.result and outcome.result.status == "done" else None
     row |= {f"accuracy_{s}": 100 * getattr(ended, f"{s}_accuracy") if ended else math.nan for s in SPLITS}
     row["clean"] = row["accuracy_test"]
-    # The longer of two spectra over the same data comes last and stays.
-    for measure in sorted(outcome.task.measures, key=lambda m: getattr(m, "k", 0)):
+    # The longer of two spectra over the same data comes last and stays, if it has been measured.
+    for measure in sorted(outcome.task.measures, key=lambda m: (m in outcome.measurements, getattr(m, "k", 0))):
         row |= _columns(spec, measure, outcome.measurements.get(measure))
     row["mean"] = np.mean([row.get(method, math.nan) for method in ATTACKS])
     row["lambda1_gap"] = row.get("lambda1_test", math.nan) / row.get("lambda1_train", math.nan)
