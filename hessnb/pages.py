@@ -9,9 +9,6 @@ from typing import Any
 import nbformat
 
 from hessnb.errors import InputError
-from hessnb.experiments.grid import ARTEFACTS
-from hessnb.experiments.profile import load_profile
-from hessnb.experiments.record import recorded
 from hessnb.paper import scoreboard
 from hessnb.paper.tables import NOT_MEASURED, markdown
 
@@ -22,7 +19,6 @@ def generated(executed: Executed, record: Path) -> dict[str, str]:
     """Return the generated files by name, from the metadata of the executed chapters and the record's folder."""
     return {
         "chapters.md": chapters_table(executed),
-        "state.md": state_table(),
         "speed.md": speed_tables(record / "benchmarks.json"),
         **scoreboard.generated(record, [stem for stem, _ in executed]),
     }
@@ -44,22 +40,6 @@ def chapters_table(told: Executed) -> str:
             f"Python {ours['python']}, torch {ours['torch']}" if ours else "not recorded",
         )
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def state_table() -> str:
-    """Return how much of each artefact the record holds at the paper's scale, as a Markdown table."""
-    profile = load_profile("paper")
-    lines = ["| Artefact | What it shows | Measured at the paper's scale |", "| :--- | :--- | :--- |"]
-    for name, artefact in ARTEFACTS.items():
-        planned = len(artefact.tasks(profile, 1))
-        found = recorded(name)
-        complete: dict[int, int] = {}
-        for outcome in found:
-            seed = outcome.task.spec.recipe.seed
-            complete[seed] = complete.get(seed, 0) + outcome.complete
-        state = "; ".join(f"seed {seed}: {n} of {planned} networks" for seed, n in sorted(complete.items()) if n)
-        lines.append(f"| {name} | {artefact.title} | {state or 'not measured yet'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,15 +1,16 @@
-"""The tables on what the record holds and what it lacks: one row a recorded run, one table an artefact."""
+"""What the record holds and what it lacks: one row a recorded run, one row and one list an artefact."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hessnb.experiments.grid import ARTEFACTS, Artefact, Task
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.record import Record, recorded
 from hessnb.experiments.run import Outcome, look_up
+from hessnb.experiments.spec import RunSpec
 from hessnb.paper.tables import NOT_MEASURED
 
 PROFILES = ("paper", "laptop")
@@ -18,9 +19,19 @@ PROFILES = ("paper", "laptop")
 def generated(record: Path, address: str) -> dict[str, str]:
     """Return the generated files by name; ``address`` is where the folder ``record`` is shown on the repository."""
     return {
+        "state.md": state_table(record),
         "runs.md": runs_table(record, address),
-        **{f"missing_{name}.md": missing_tables(record, name) for name in PROFILES},
+        **{f"missing_{name}.md": missing_lists(record, name) for name in PROFILES},
     }
+
+
+def state_table(record: Path) -> str:
+    """Return how much of each artefact the record holds, at the paper's scale and at smaller ones of their own."""
+    lines = [_line("Artefact", "What it shows", "Paper's scale", "Laptop"), "| :--- | :--- | :--- | :--- |"]
+    for name, artefact in ARTEFACTS.items():
+        cells = [_state(_networks(artefact, record, profile)) for profile in PROFILES]
+        lines.append(_line(name, artefact.title, *cells))
+    return "\n".join(lines) + "\n"
 
 
 def runs_table(record: Path, address: str) -> str:
@@ -35,9 +46,13 @@ def runs_table(record: Path, address: str) -> str:
     return "\n".join(parts) or f"{NOT_MEASURED.capitalize()}.\n"
 
 
-def missing_tables(record: Path, profile: str) -> str:
-    """Return for each artefact which of its networks and measures the record holds under a profile, and which not."""
-    return "\n".join(_missing(artefact, Record(record / profile), profile) for artefact in ARTEFACTS.values())
+def missing_lists(record: Path, profile: str) -> str:
+    """Return for each artefact which of its networks and measures the record holds under a profile, and which not.
+
+    Of a smaller profile only what differs from the paper's own specifications.
+    """
+    found = ((artefact, _networks(artefact, record, profile)) for artefact in ARTEFACTS.values())
+    return "\n".join(_missing(artefact, networks) for artefact, networks in found if networks)
 
 
 def _runs(profile: str, record: Path) -> list[Outcome]:
@@ -71,45 +86,88 @@ def _run_row(outcome: Outcome, address: str) -> str:
     )
 
 
-def _missing(artefact: Artefact, record: Record, profile: str) -> str:
-    loaded = load_profile(profile)
-    there = recorded(artefact.name, profile, record.folder.parent)
-    seeds = sorted({o.task.spec.recipe.seed for o in there}) or [0]
-    by_seed = [look_up(record, artefact.tasks_of_seed(loaded, seed)) for seed in seeds]
-    networks = [list(same) for same in zip(*by_seed, strict=True)]
-    planned = sum(len(o.task.measures) for column in by_seed for o in column)
-    done = sum(len(o.measurements) for column in by_seed for o in column)
-    head = f"{artefact.title}. Measured: {done} of {planned} cells" + (f", seeds {_listed(seeds)}." if done else ".")
+def _networks(artefact: Artefact, record: Path, profile: str) -> list[list[Outcome]]:
+    """Return for each network of an artefact what the record holds of it, one outcome a seed that is there at all.
+
+    Without what the paper's profile asks for as well, unless that is the profile.
+    """
+    loaded, source = load_profile(profile), Record(record / profile)
+    seeds = sorted({o.task.spec.recipe.seed for o in recorded(artefact.name, profile, record)}) or [0]
+    by_seed = []
+    for seed in seeds:
+        tasks = artefact.tasks_of_seed(loaded, seed)
+        if profile != PROFILES[0]:
+            own = {task.spec: task.measures for task in artefact.tasks_of_seed(load_profile(PROFILES[0]), seed)}
+            rest = [Task(t.spec, tuple(m for m in t.measures if m not in own.get(t.spec, ()))) for t in tasks]
+            tasks = [task for task in rest if task.measures]
+        by_seed.append(look_up(source, tasks))
+    return [list(same) for same in zip(*by_seed, strict=True)]
+
+
+def _counted(networks: list[list[Outcome]]) -> tuple[int, int]:
+    """Return how many measures are there, and how many there would be."""
+    outcomes = [o for same in networks for o in same]
+    return sum(len(o.measurements) for o in outcomes), sum(len(o.task.measures) for o in outcomes)
+
+
+def _seeds(networks: list[list[Outcome]]) -> str:
+    seeds = sorted({o.task.spec.recipe.seed for same in networks for o in same if o.measurements})
+    return ("seed " if len(seeds) == 1 else "seeds ") + _listed(seeds)
+
+
+def _state(networks: list[list[Outcome]]) -> str:
+    if not networks:
+        return "as the paper's"
+    done, planned = _counted(networks)
+    return f"{done} of {planned} cells, {_seeds(networks)}" if done else NOT_MEASURED
+
+
+def _missing(artefact: Artefact, networks: list[list[Outcome]]) -> str:
+    done, planned = _counted(networks)
+    head = f"`{artefact.name}`\n: {artefact.title}. "
+    if not any(o.result for same in networks for o in same):
+        counted = f"{len(networks)} network{'s'[: len(networks) != 1]}"
+        return f"{head}None of its {planned} cells on {counted} is in the record.\n"
+    head += f"Measured: {done} of {planned} cells" + (f", {_seeds(networks)}. " if done else ". ")
     if done == planned:
-        return f"`{artefact.name}`\n: {head} Nothing is missing.\n"
-    if not any(o.result for column in by_seed for o in column):
-        return f"`{artefact.name}`\n: {head} None of its {len(networks)} networks is in the record.\n"
-    rows = list(_missing_rows(networks))
-    table = "\n".join(
-        [
-            _line("Network", "Seeds trained", "Measured", "Not measured yet"),
-            "| :--- | ---: | ---: | :--- |",
-            *rows,
-        ]
-    )
-    indented = table.replace("\n", "\n  ")
-    return f"`{artefact.name}`\n: {head}\n\n  {indented}\n"
+        return f"{head}Nothing is missing.\n"
+    items = "".join(f"  - {item}\n" for item in _missing_items(networks))
+    return f"{head}Not measured yet:\n\n{items}"
 
 
-def _missing_rows(networks: list[list[Outcome]]) -> Iterator[str]:
-    """Return a row for each network that is not complete, the same network of all seeds in one."""
-    for same in networks:
+def _missing_items(networks: list[list[Outcome]]) -> Iterator[str]:
+    """Return a line for each network that is not complete, the same network of all seeds in one."""
+    for name, same in zip(_names([same[0].task.spec for same in networks]), networks, strict=True):
         lacking = [m.label for o in same for m in o.task.measures if m not in o.measurements]
         if lacking:
-            first = same[0].task
-            total = len(first.measures)
-            share = statistics.mean(len(o.measurements) for o in same)
-            what = "everything" if len(lacking) == total * len(same) else _listed(sorted(set(lacking)))
-            yield _line(_name(first), str(sum(o.result is not None for o in same)), f"{share:.3g} of {total}", what)
+            trained = [o.task.spec.recipe.seed for o in same if o.result]
+            what = "everything" if len(lacking) == len(same[0].task.measures) * len(same) else _some(lacking, len(same))
+            yield f"**{name}**" + ("" if trained else ", not trained") + f": {what}"
 
 
-def _name(task: Task) -> str:
-    return task.spec.label.removesuffix(f"-s{task.spec.recipe.seed}")
+def _some(labels: list[str], seeds: int) -> str:
+    """Return labels, each once, and in brackets of how many of several seeds it is missing where not of all."""
+    missing = Counter(labels)
+    return _listed(
+        [
+            label if missing[label] == seeds else f"{label} ({missing[label]} of {seeds} seeds)"
+            for label in sorted(missing)
+        ]
+    )
+
+
+def _names(specs: Sequence[RunSpec]) -> list[str]:
+    """Return a name for each network that tells it from the others: its label, variant and learning rate, no seed."""
+    labels = [spec.label.removesuffix(f"-s{spec.recipe.seed}") for spec in specs]
+    names = [
+        f"{label}, {spec.model.variant}" if spec.model.variant else label
+        for label, spec in zip(labels, specs, strict=True)
+    ]
+    several = Counter(names)
+    return [
+        f"{name}, learning rate {spec.recipe.lr:g}" if several[name] > 1 else name
+        for name, spec in zip(names, specs, strict=True)
+    ]
 
 
 def _listed(things: list[str] | list[int]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,29 +133,51 @@ def _parse(file: Path) -> ast.Module:
 def _section(entry: Entry, level: str, package: Path, source: str, known: Labels) -> str:
     node = entry.node
     link = f"{source}/{entry.file.relative_to(package.parent).as_posix()}#L{node.lineno}"
-    parts = [f"({entry.label})=", f"{level} `{entry.name}`", _code(node), _text(entry, known)]
-    if isinstance(node, ast.ClassDef):
-        for method in _methods(node):
-            told = _prose(ast.get_docstring(method) or "", entry.module, known)
-            parts.append(f"{_code(method)}\n\n{told}")
+    heading = [f"({entry.label})=", f"{level} `{entry.name}`"]
+    if not isinstance(node, ast.ClassDef):
+        return "\n\n".join([*heading, _code(_head(node)), _text(entry, known), f"[Source]({link})"])
+    bases = list(_bases(package, entry.file, node))
+    documented = [base for base in bases if f"{entry.module}.{base.name}" in known]
+    members = [n for base in bases if base not in documented for n in base.body] + node.body
+    inherited = [n for base in documented for n in base.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    parts = [*heading, _code(_class_head(node, members, inherited)), _text(entry, known)]
+    for method in _methods(node):
+        told = _prose(ast.get_docstring(method) or "", entry.module, known)
+        parts.append(f"{_code(_head(method))}\n\n{told}")
+    parts += [_prose(f"With the members of `{base.name}`.", entry.module, known) for base in documented]
     return "\n\n".join([*parts, f"[Source]({link})"])
 
 
-def _code(node: Definition) -> str:
-    return f"```python\n{_head(node)}\n```"
+def _bases(package: Path, file: Path, node: ast.ClassDef) -> Iterator[ast.ClassDef]:
+    """Return the classes of the package that a class inherits from, the remotest first."""
+    for base in node.bases:
+        try:
+            found, definition = _definition(package, file, ast.unparse(base))
+        except LookupError:  # from elsewhere
+            continue
+        if isinstance(definition, ast.ClassDef):
+            yield from _bases(package, found, definition)
+            yield definition
 
 
-def _head(node: Definition) -> str:
-    """Return the line or lines that declare a name: a signature, a class with its fields, a constant."""
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
+
+
+def _class_head(node: ast.ClassDef, members: Sequence[ast.stmt], inherited: Sequence[ast.FunctionDef]) -> str:
+    """Return the lines that declare a class: its bases, its fields, and how it is made, if by an inherited function."""
+    bases = ", ".join(map(ast.unparse, node.bases))
+    fields = [ast.unparse(n) for n in members if isinstance(n, ast.AnnAssign) and _target(n)[:1] != "_"]
+    init = [n for n in members if isinstance(n, ast.FunctionDef) and n.name == "__init__"] or inherited
+    head = f"class {node.name}({bases})" if bases else f"class {node.name}"
+    body = "\n".join([*fields, *map(_head, init)]).replace("\n", "\n    ")
+    return f"{head}:\n    {body}" if body else head
+
+
+def _head(node: ast.FunctionDef | ast.Assign | ast.AnnAssign) -> str:
+    """Return the line or lines that declare a function, by its signature, or a constant."""
     if isinstance(node, ast.Assign | ast.AnnAssign):
         return ast.unparse(node)
-    if isinstance(node, ast.ClassDef):
-        bases = ", ".join(map(ast.unparse, node.bases))
-        fields = [ast.unparse(n) for n in node.body if isinstance(n, ast.AnnAssign) and _target(n)[:1] != "_"]
-        init = [_head(n) for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
-        head = f"class {node.name}({bases})" if bases else f"class {node.name}"
-        body = "\n".join(fields + init).replace("\n", "\n    ")
-        return f"{head}:\n    {body}" if body else head
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     start = "@property\n" if _is_property(node) else ""
     line = f"{start}def {node.name}({ast.unparse(node.args)}){returns}"
@@ -185,8 +207,10 @@ def _argument(argument: ast.arg, default: ast.expr | None) -> str:
 
 
 def _methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
+    """Return the public methods, and what an operator or a call stands for."""
     functions = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-    return [f for f in functions if f.name[0] != "_" and not any("overload" in ast.dump(d) for d in f.decorator_list)]
+    public = [f for f in functions if f.name[0] != "_" or f.name in ("__call__", "__matmul__")]
+    return [f for f in public if not any("overload" in ast.dump(d) for d in f.decorator_list)]
 
 
 def _is_property(node: ast.FunctionDef) -> bool:

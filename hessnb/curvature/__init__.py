@@ -16,9 +16,10 @@ from hessnb.curvature.inputs import (
     is_piecewise_linear,
 )
 from hessnb.curvature.krylov import KrylovState
-from hessnb.curvature.operator import GGNOperator, HessianOperator
+from hessnb.curvature.operator import CurvatureOperator, GGNOperator, HessianOperator
 
 __all__ = [
+    "CurvatureOperator",
     "EigenResult",
     "Estimate",
     "GGNOperator",
