@@ -145,15 +145,14 @@ def _missing_items(networks: list[list[Outcome]]) -> Iterator[str]:
             yield f"**{name}**" + ("" if trained else ", not trained") + f": {what}"
 
 
-def _some(labels: list[str], seeds: int) -> str:
-    """Return labels, each once, and in brackets of how many of several seeds it is missing where not of all."""
-    missing = Counter(labels)
-    return _listed(
-        [
-            label if missing[label] == seeds else f"{label} ({missing[label]} of {seeds} seeds)"
-            for label in sorted(missing)
-        ]
-    )
+def _some(lacking: list[str], seeds: int) -> str:
+    """Return labels of what is missing, each once: of all seeds, and then of some of them."""
+    missing = Counter(lacking)
+    parts = []
+    for n in sorted(set(missing.values()), reverse=True):
+        labels = _listed(sorted(label for label in missing if missing[label] == n))
+        parts.append(labels if n == seeds else f"of {n} of {seeds} seeds {labels}")
+    return "; ".join(parts)
 
 
 def _names(specs: Sequence[RunSpec]) -> list[str]:

@@ -73,7 +73,7 @@ def test_measure_that_one_of_two_seeds_lacks_says_so(tmp_path: Path) -> None:
     folder = record_of(tmp_path, [first_of("seeds", 0, 2), first_of("seeds", 1, 1)])
     told = entry(missing_lists(folder, "paper"), "seeds")
     assert "Measured: 3 of 8 cells, seeds 0, 1." in told
-    assert "**M1-mnist-b64**: FGSM-eps0.1-test (1 of 2 seeds)\n" in told
+    assert "**M1-mnist-b64**: of 1 of 2 seeds FGSM-eps0.1-test\n" in told
 
 
 def test_complete_artefact_lacks_nothing(tmp_path: Path) -> None:
