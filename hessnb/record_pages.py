@@ -138,11 +138,15 @@ def _missing(artefact: Artefact, networks: list[list[Outcome]]) -> str:
 def _missing_items(networks: list[list[Outcome]]) -> Iterator[str]:
     """Return a line for each network that is not complete, the same network of all seeds in one."""
     for name, same in zip(_names([same[0].task.spec for same in networks]), networks, strict=True):
-        lacking = [m.label for o in same for m in o.task.measures if m not in o.measurements]
-        if lacking:
-            trained = [o.task.spec.recipe.seed for o in same if o.result]
-            what = "everything" if len(lacking) == len(same[0].task.measures) * len(same) else _some(lacking, len(same))
-            yield f"**{name}**" + ("" if trained else ", not trained") + f": {what}"
+        trained = [o for o in same if o.result]
+        untrained = sorted(o.task.spec.recipe.seed for o in same if not o.result)
+        lacking = [m.label for o in trained for m in o.task.measures if m not in o.measurements]
+        if not trained:
+            yield f"**{name}**: not trained"
+        elif lacking or untrained:
+            seeds = f" (not trained with seed {_listed(untrained)})" if untrained else ""
+            everything = len(lacking) == len(trained) * len(same[0].task.measures)
+            yield f"**{name}**{seeds}: {'everything' if everything else _some(lacking, len(trained)) or 'nothing else'}"
 
 
 def _some(lacking: list[str], seeds: int) -> str:

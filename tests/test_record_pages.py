@@ -66,7 +66,7 @@ def test_what_is_there_in_part_is_counted_by_cells(tmp_path: Path) -> None:
     told = entry(missing_lists(folder, "paper"), "table7")
     assert "Measured: 3 of 108 cells, seed 0. Not measured yet:" in told
     assert "**M1-mnist-b64**: FGSM-10-eps0.1-test, FGSM-eps0.05-test" in told
-    assert "**M1-mnist-b2048**, not trained: everything" in told
+    assert "**M1-mnist-b2048**: not trained" in told
 
 
 def test_measure_that_one_of_two_seeds_lacks_says_so(tmp_path: Path) -> None:
@@ -74,6 +74,14 @@ def test_measure_that_one_of_two_seeds_lacks_says_so(tmp_path: Path) -> None:
     told = entry(missing_lists(folder, "paper"), "seeds")
     assert "Measured: 3 of 8 cells, seeds 0, 1." in told
     assert "**M1-mnist-b64**: of 1 of 2 seeds FGSM-eps0.1-test\n" in told
+
+
+def test_seed_that_is_not_trained_is_named_instead_of_all_its_measures(tmp_path: Path) -> None:
+    first = first_of("seeds", 0, 2)
+    largest = grid.artefact("seeds").tasks_of_seed(load_profile("paper"), 1)[1]
+    told = entry(missing_lists(record_of(tmp_path, [first, largest]), "paper"), "seeds")
+    assert "**M1-mnist-b64** (not trained with seed 1): nothing else\n" in told
+    assert "**M1-mnist-b2048** (not trained with seed 0): nothing else\n" in told
 
 
 def test_complete_artefact_lacks_nothing(tmp_path: Path) -> None:
@@ -85,8 +93,8 @@ def test_complete_artefact_lacks_nothing(tmp_path: Path) -> None:
 def test_networks_of_the_same_label_are_told_apart(tmp_path: Path) -> None:
     middle = grid.artefact("silent_lr").tasks_of_seed(load_profile("paper"), 0)[2]
     text = missing_lists(record_of(tmp_path, [middle]), "paper")
-    assert "**M1-mnist-b64, learning rate 0.04**, not trained: everything" in entry(text, "silent_lr")
-    assert "**M1-mnist-b64, strided**, not trained: everything" in entry(text, "silent_variant")
+    assert "**M1-mnist-b64, learning rate 0.04**: not trained" in entry(text, "silent_lr")
+    assert "**M1-mnist-b64, strided**: not trained" in entry(text, "silent_variant")
 
 
 def test_smaller_profile_lists_what_differs_from_the_papers_alone(tmp_path: Path) -> None:
