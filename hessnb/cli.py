@@ -146,16 +146,20 @@ def run(
 def status_command(profile: str, seeds: int | None, all_profiles: bool, device: str, store: Path | None) -> None:
     """Say for each artefact what is there, what is missing, and about how long the rest will take on this machine.
 
-    The estimates come from what the store holds that was computed on the same processor, and improve as it fills. What
-    several artefacts share is counted in each of them, and once in the last line.
+    The estimates come from what the store holds that was computed on the same processor, and improve as it fills; "at
+    least" where some of the work has none yet. What several artefacts share is counted in each of them, and once in the
+    last line.
     """
-    table = Table("Artefact", "Profile", "Seeds", "State", "Networks", "Measures", "Left")
+    names = profile_names() if all_profiles else [profile]
+    several = len(names) > 1
+    columns = ("Artefact", *(("Profile",) if several else ()), "Seeds", "State", "Networks", "Measures", "Left")
+    table = Table(*columns, title=None if several else f"Profile {profile}", pad_edge=False)
     opened = Store(store)
     estimates = Estimates(opened, data.check_device(device))
-    for name in profile_names() if all_profiles else [profile]:
+    for name in names:
         for line in status.lines(opened, load_profile(name), estimates, seeds):
             table.add_row(
-                line.artefact, line.profile, str(line.seeds), line.state,
+                line.artefact, *((line.profile,) if several else ()), str(line.seeds), line.state,
                 f"{line.runs_done}/{line.runs}", f"{line.measures_done}/{line.measures}", line.left,
             )  # fmt: skip
     console.print(table)

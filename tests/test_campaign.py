@@ -130,6 +130,7 @@ def test_estimates_are_none_where_nothing_is_known_and_improve_with_what_is(tmp_
     assert estimates().training(wanted) is None, "nothing is known of how many epochs it takes"
     trained(store, by_size[(64, 0)], epochs(20, 10.0))
     assert estimates().training(wanted) == pytest.approx(20 * 4 * 10.0), "as many steps"
+    assert campaign.rest(store, plan, estimates()).left.startswith("at least "), "no measure has been timed"
     trained(store, by_size[(128, 0)], epochs(35, 8.0))
     assert estimates().training(wanted) == pytest.approx(35 * 2 * 8.0), "the nearest batch size"
     trained(store, by_size[(256, 0)], epochs(65, 7.0))

@@ -86,14 +86,13 @@ class Rest:
 
     @property
     def left(self) -> str:
-        """How long it takes, in words."""
+        """How long it takes, in words; at least so long where some of it has no estimate."""
         units = self.trainings_left + self.measures_left
         if not units:
             return "nothing"
         if self.unknown == units:
             return "not known yet"
-        unknown = f", and {self.unknown} piece(s) of work without an estimate" if self.unknown else ""
-        return f"about {in_words(self.seconds)}{unknown}"
+        return f"{'at least' if self.unknown else 'about'} {in_words(self.seconds)}"
 
 
 def units(tasks: Sequence[Task]) -> list[Unit]:
