@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -37,6 +38,14 @@ class Point:
     residual: float
 
 
+@dataclass(frozen=True)
+class Followed:
+    """What is there of a training that is followed: its ``state`` after some epoch, and the ``points`` up to there."""
+
+    state: State
+    points: list[Point]
+
+
 def stability_bound(lr: float, momentum: float = 0.0) -> float:
     """Return the curvature beyond which gradient descent with momentum grows along an eigenvector of a quadratic."""
     return 2 * (1 + momentum) / lr
@@ -53,14 +62,21 @@ def sharpness_along(
     batch_size: int = 250,
     perturbation: Perturbation | None = None,
     progress: Callable[[int], None] = lambda epoch: None,
+    followed: Followed | None = None,
+    save: Callable[[Followed], None] | None = None,
+    save_seconds: float = 60.0,
 ) -> list[Point]:
     """Train ``model`` in place and return the largest Hessian eigenvalue after each of ``epochs``, 0 being the start.
 
     The eigenvalue is that of the mean loss over the training set, or over its ``samples``, indices (m,), to a relative
     residual of ``tol``. ``recipe`` and ``perturbation`` as for `hessnb.training.train`. With a batch of the whole
     training set an epoch is a step. ``progress`` is called with each epoch that is done.
+
+    ``save`` is called after an epoch every ``save_seconds``, with tensors that are live: copy or write them before
+    returning. Given one of these as ``followed``, it goes on from there, to the same points.
     """
-    points = []
+    points = list(followed.points) if followed else []
+    saved = time.monotonic()
     batches = data.train.batches(batch_size)
 
     def look(epoch: int, loss: float) -> None:
@@ -72,10 +88,15 @@ def sharpness_along(
         if state.epoch in epochs:
             look(state.epoch, state.history[-1].train_loss)
         progress(state.epoch)
+        nonlocal saved
+        if save is not None and time.monotonic() - saved > save_seconds:
+            save(Followed(state, points))
+            saved = time.monotonic()
 
-    if 0 in epochs:
+    if 0 in epochs and followed is None:
         look(0, evaluate(model, data.train)[0])
-    train(model, data, recipe, perturbation=perturbation, on_epoch=after_epoch)
+    state = followed.state if followed else None
+    train(model, data, recipe, perturbation=perturbation, state=state, on_epoch=after_epoch)
     return points
 
 

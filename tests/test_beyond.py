@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hessnb import training
 from hessnb.attacks import autoattack, pgd
 from hessnb.errors import InputError
 from hessnb.experiments import grid, run
+from hessnb.experiments import measure as measuring
 from hessnb.experiments.networks import load_split, trained_model
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import Outcome
@@ -33,6 +35,7 @@ from hessnb.paper import beyond
 from hessnb.paper.adversarial import network_name
 from hessnb.paper.large_batch import accuracy
 from hessnb.paper.tables import NOT_MEASURED, mean_and_spread
+from hessnb.sharpness import sharpness_along
 from hessnb.training import Epoch
 
 CPU = torch.device("cpu")
@@ -114,6 +117,27 @@ def test_sharpness_ends_where_the_run_ended(store: Store) -> None:
         end = Spectrum(split="train", k=1, tol=1e-4, samples=measure.samples, draw=0)
         exact = run.measure_run(store, spec, end).values["eigenvalues"][0]
         assert found["lambda1"][-1] == pytest.approx(exact, rel=1e-2)
+
+
+def test_interrupted_sharpness_goes_on_to_the_same_bits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = grid.artefact("sharpening").tasks(SMOKE, 1)[0].spec
+    epochs = len(run.train_run(store, spec).history)
+    assert epochs >= 2
+    follow = Sharpness(points=epochs + 1, tol=0.05, samples=20)
+    monkeypatch.setattr(measuring, "sharpness_along", partial(sharpness_along, save_seconds=-1.0))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    seen: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run.measure_run(store, spec, follow, on_save=interrupt)
+    assert store.partial(spec, follow) is not None
+    resumed = run.measure_run(store, spec, follow, report=lambda what, share, detail: seen.append(detail))
+    assert "epoch 1" not in seen
+    assert store.partial(spec, follow) is None
+    whole = measuring.measured(store, spec, follow, CPU, measuring.silent, "whole")
+    assert resumed.values == whole
 
 
 def test_strong_attacks_are_those_of_the_package_on_the_first_samples(store: Store) -> None:

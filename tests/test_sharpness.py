@@ -15,7 +15,7 @@ from hessnb.curvature import HessianOperator, lanczos
 from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.models import build
-from hessnb.sharpness import rescaled, sharpness_along, stability_bound
+from hessnb.sharpness import Followed, rescaled, sharpness_along, stability_bound
 from hessnb.training import Recipe, evaluate, train
 
 RECIPE = Recipe(batch_size=50, lr=0.05, momentum=0.9, max_epochs=3, seed=0)
@@ -55,6 +55,25 @@ def test_points_are_the_eigenvalues_of_the_training_and_leave_it_as_it_is(digits
     assert points[0].lambda1 == pytest.approx(largest(start, digits), rel=1e-3)
     assert points[-1].lambda1 == pytest.approx(largest(alone, digits), rel=1e-3)
     assert all(point.residual <= 1e-4 for point in points)
+
+
+def test_followed_training_goes_on_to_the_same_points(digits: Splits, tiny_m1: nn.Module) -> None:
+    again, kept = copy.deepcopy(tiny_m1), list[Followed]()
+
+    def keep(followed: Followed) -> None:
+        kept.append(copy.deepcopy(followed))
+
+    points = sharpness_along(tiny_m1, digits, RECIPE, {0, 1, 3}, save=keep, save_seconds=-1.0)
+    assert [(f.state.epoch, [point.epoch for point in f.points]) for f in kept] == [
+        (1, [0, 1]),
+        (2, [0, 1]),
+        (3, [0, 1, 3]),
+    ]
+    seen: list[int] = []
+    assert sharpness_along(again, digits, RECIPE, {0, 1, 3}, followed=kept[1], progress=seen.append) == points
+    assert seen == [3], "it trained one epoch more"
+    assert [point.epoch for point in kept[1].points] == [0, 1], "what was kept is as it was"
+    assert torch.equal(parameters_to_vector(tiny_m1.parameters()), parameters_to_vector(again.parameters()))
 
 
 def test_points_over_some_samples_and_under_an_attack(digits: Splits, tiny_m1: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from functools import lru_cache
 
 import torch
@@ -40,9 +40,10 @@ from hessnb.experiments.spec import (
     Spectrum,
     SplitName,
 )
-from hessnb.experiments.store import Store
+from hessnb.experiments.store import Store, state_from_tensors, state_to_tensors
 from hessnb.landscape import along, between, on_plane
-from hessnb.sharpness import sharpness_along
+from hessnb.sharpness import Followed, Point, sharpness_along
+from hessnb.training import Epoch
 
 # Samples per minibatch of a Hessian-vector product: on a CPU the fastest of 100 to 2,500 for M1; a GPU wants more.
 HESSIAN_BATCH = {"cpu": 250, "cuda": 2000}
@@ -151,7 +152,10 @@ def _density(
 def _sharpness(
     store: Store, spec: RunSpec, measure: Sharpness, device: torch.device, report: Report, label: str
 ) -> dict[str, object]:
-    """Train a run again for as many epochs as it took, and solve for the largest eigenvalue on the way."""
+    """Train a run again for as many epochs as it took, and solve for the largest eigenvalue on the way.
+
+    What the store kept of an interrupted one goes on.
+    """
     result, splits = store.result(spec), load_data(spec.data, str(device))
     if result is None:
         raise InputError(f"{spec.label} is not trained yet: train it, then follow its sharpness")
@@ -161,6 +165,10 @@ def _sharpness(
     def progress(epoch: int) -> None:
         report(label, epoch / (len(result.history) + 1), f"epoch {epoch}")
 
+    def save(followed: Followed) -> None:
+        store.save_partial(spec, measure, _followed_to_tensors(followed))
+
+    kept = store.partial(spec, measure)
     points = sharpness_along(
         parent or new_model(spec, len(splits.classes)).to(device),
         splits,
@@ -171,8 +179,24 @@ def _sharpness(
         batch_size=HESSIAN_BATCH[device.type],
         perturbation=attack_function(spec.attack) if spec.attack else None,
         progress=progress,
+        followed=_followed_from_tensors(kept) if kept else None,
+        save=save,
     )
     return {field.name: [getattr(point, field.name) for point in points] for field in fields(points[0])}
+
+
+def _followed_to_tensors(followed: Followed) -> dict[str, Tensor]:
+    history, points = (
+        torch.tensor([astuple(line) for line in table], dtype=torch.float64)
+        for table in (followed.state.history, followed.points)
+    )
+    return state_to_tensors(followed.state) | {"history": history, "points": points}
+
+
+def _followed_from_tensors(tensors: dict[str, Tensor]) -> Followed:
+    history = [Epoch(int(epoch), *numbers) for epoch, *numbers in tensors["history"].tolist()]
+    points = [Point(int(epoch), *numbers) for epoch, *numbers in tensors["points"].tolist()]
+    return Followed(state_from_tensors(tensors, history), points)
 
 
 def _landscape(

@@ -157,21 +157,13 @@ class Store:
         if not path.exists():
             return None
         tensors, notes = read_tensors(path)
-        momentum = [name for name in tensors if name.startswith("momentum.")]
-        return State(
-            epoch=notes["epoch"],
-            model={name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")},
-            momentum=[tensors[f"momentum.{i}"] for i in range(len(momentum))],
-            history=[Epoch(**line) for line in notes["history"]],
-        )
+        return state_from_tensors(tensors, [Epoch(**line) for line in notes["history"]])
 
     def save_checkpoint(self, spec: RunSpec, state: State) -> None:
         """Keep the state after an epoch in the place of the one before."""
-        tensors = {f"model.{name}": t for name, t in state.model.items()}
-        tensors |= {f"momentum.{i}": t for i, t in enumerate(state.momentum)}
         notes = {"spec": spec.canonical(), "epoch": state.epoch, "history": [asdict(line) for line in state.history]}
         notes["device"] = device_name(next(iter(state.model.values())).device)
-        write_tensors(self._prepare(spec) / "checkpoint.safetensors", tensors, notes)
+        write_tensors(self._prepare(spec) / "checkpoint.safetensors", state_to_tensors(state), notes)
 
     # -- measures -----------------------------------------------------------------------------------------------
 
@@ -341,6 +333,23 @@ class Store:
         if not (self.root / "store.json").exists():
             write_sealed(self.root / "store.json", {"schema": SCHEMA})
         return folder
+
+
+def state_to_tensors(state: State) -> dict[str, Tensor]:
+    """Return the tensors of a training under way by name."""
+    momentum = {f"momentum.{i}": t for i, t in enumerate(state.momentum)}
+    return {f"model.{name}": t for name, t in state.model.items()} | momentum
+
+
+def state_from_tensors(tensors: Mapping[str, Tensor], history: list[Epoch]) -> State:
+    """Return the training of this history whose tensors `state_to_tensors` named."""
+    momentum = [name for name in tensors if name.startswith("momentum.")]
+    return State(
+        epoch=len(history),
+        model={name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")},
+        momentum=[tensors[f"momentum.{i}"] for i in range(len(momentum))],
+        history=history,
+    )
 
 
 def run_result_to_json(result: RunResult) -> dict[str, Any]:
