@@ -25,7 +25,7 @@ from hessnb.experiments.store import Measurement, Store
 from hessnb.figures import robust as figures_robust
 from hessnb.models import build, layers
 from hessnb.paper import robust_curvature as rc
-from hessnb.paper.recorded import from_record
+from hessnb.paper.recorded import Recorded, from_record
 from hessnb.paper.tables import NOT_MEASURED
 from hessnb.training import train
 
@@ -158,6 +158,14 @@ def test_figures_show_each_network_and_what_is_missing(outcomes: list[Outcome]) 
         assert NOT_MEASURED in show(empty).axes[0].texts[0].get_text()
     for name, show in (("fig5", figures_robust.robust_spectra), ("fig13", figures_robust.robust_lines)):
         assert show(from_record(name)).axes
+
+
+def test_recorded_panels_of_a_smaller_scale_say_so(store: Store, outcomes: list[Outcome]) -> None:
+    lines = run.results("fig12", profile="smoke", store=store.root)
+    for show, these in ((figures_robust.robust_lines, lines), (figures_robust.robust_spectra, outcomes)):
+        plain = [axis.get_title() for axis in show(these).axes if axis.get_title()]
+        smaller = [Recorded(o.task, o.result, o.measurements, "laptop", papers_own=False) for o in these]
+        assert [axis.get_title() for axis in show(smaller).axes if axis.get_title()] == [f"{t} (laptop)" for t in plain]
 
 
 def test_negative_curvature_is_in_the_rest_and_between_layers(digits: Splits) -> None:

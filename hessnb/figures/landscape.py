@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from scipy.interpolate import RectBivariateSpline
 
 from hessnb.experiments.run import Outcome
-from hessnb.figures.style import COLOURS, SETS, absent, grid, legend_of_sets, name_axes, nothing, style
+from hessnb.figures.style import COLOURS, SETS, absent, grid, legend_of_sets, name_axes, nothing, style, titled
 from hessnb.landscape import Landscape
 from hessnb.paper.landscapes import extremes, first_of_each, line, plane, rise
-from hessnb.paper.recorded import Recorded
 
 
 def loss_lines(outcomes: Sequence[Outcome]) -> Figure:
@@ -106,9 +105,7 @@ def directions(steps: Mapping[str, Mapping[str, Landscape]]) -> Figure:
 
 
 def _title(outcome: Outcome) -> str:
-    """Return the batch size, and the profile where it is not the scale that the figure is of."""
-    title = f"B = {outcome.task.spec.recipe.batch_size}"
-    return title if not isinstance(outcome, Recorded) or outcome.papers_own else f"{title} ({outcome.profile})"
+    return titled(f"B = {outcome.task.spec.recipe.batch_size}", outcome)
 
 
 def _sizes(outcomes: Sequence[Outcome]) -> str:

@@ -25,6 +25,7 @@ from hessnb.figures.style import (
     name_axes,
     nothing,
     style,
+    titled,
 )
 from hessnb.paper.robust_curvature import eigenvalues, line, of_first_seed, samples_label, spectra, training_name
 
@@ -60,7 +61,7 @@ def robust_spectra(outcomes: Sequence[Outcome]) -> Figure:
             return nothing("all networks")
         figure, axes = grid(len(spectra(shown)), height=2.7)
         for axis, measure in zip(axes, spectra(shown), strict=False):
-            axis.set_title(f"B_H = {samples_label(measure)}".replace("B_H", "$B_H$"), fontsize=11)
+            axis.set_title(titled(f"$B_H$ = {samples_label(measure)}", shown[0]), fontsize=11)
             lines = {training_name(o.task.spec): eigenvalues(o, measure) for o in shown}
             if not any(lines.values()):
                 absent(axis)
@@ -118,7 +119,7 @@ def _lines(
             return nothing("all networks")
         figure, axes = grid(len(shown), height=1.9, shared=True)
         for axis, outcome in zip(axes, shown, strict=False):
-            axis.set_title(training_name(outcome.task.spec), fontsize=11)
+            axis.set_title(titled(training_name(outcome.task.spec), outcome), fontsize=11)
             values = line(outcome, kind)
             if values is None:
                 absent(axis)

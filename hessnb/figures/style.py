@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from hessnb.experiments.run import Outcome
+from hessnb.paper.recorded import Recorded
 from hessnb.paper.tables import NOT_MEASURED
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -78,6 +80,11 @@ def name_axes(figure: Figure, x: str, y: str) -> None:
     """Name the axes of all panels at once."""
     figure.supxlabel(x, fontsize=12)
     figure.supylabel(y, fontsize=12)
+
+
+def titled(title: str, outcome: Outcome) -> str:
+    """Return the title of a panel, with the profile where the outcome is not of the paper's scale but stands for it."""
+    return title if not isinstance(outcome, Recorded) or outcome.papers_own else f"{title} ({outcome.profile})"
 
 
 def legend(figure: Figure, handles: Mapping[str, Line2D], *, columns: int) -> None:
