@@ -13,13 +13,11 @@ positions are not part of it: a finer grid finds the points of a coarser one. On
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessnb.curvature.precision import full_precision
 from hessnb.errors import InputError, unknown
+from hessnb.points import Point, PointFile, Values, digest
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Sets = Mapping[str, Iterable[tuple[Tensor, Tensor]]]
@@ -188,8 +187,6 @@ def filter_normalise(model: nn.Module, direction: Tensor) -> Tensor:
 
 
 Move = Callable[..., None]
-Point = tuple[float, ...]
-Values = dict[str, tuple[float, float]]  # of each data set, its loss and its accuracy
 
 
 def _span(model: nn.Module, directions: Sequence[Tensor]) -> tuple[nn.Module, Move, list[object]]:
@@ -225,7 +222,7 @@ def _survey(
     if keep is not None:
         name = getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__)
         contents = [part for name, a in data.items() for part in (name, *itertools.chain.from_iterable(a.batches))]
-        file = _PointFile(Path(keep), _digest([*identity, name, *contents]))
+        file = PointFile(Path(keep), digest([*identity, name, *contents]))
         values = file.read(list(data))
     missing = [point for point in dict.fromkeys(points) if point not in values]
     total = len(set(points))
@@ -334,81 +331,6 @@ def _estimate_statistics(network: nn.Module, batches: list[Tensor]) -> None:
     for reached, (n, mean, squares) in moments.items():
         reached.get_buffer("running_mean").copy_(mean)
         reached.get_buffer("running_var").copy_(squares / (n - 1))
-
-
-class _PointFile:
-    """Finished points as lines of strict JSON behind a header; numbers that are not finite are strings.
-
-    Python writes the shortest decimal that reads back as the same float, so values return bit by bit.
-    """
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self.intact = path, 0  # bytes of whole lines
-        self.header = json.dumps({"what": "points of a hessnb landscape", "fingerprint": fingerprint}).encode() + b"\n"
-
-    def read(self, names: list[str]) -> dict[Point, Values]:
-        """Return the finished points; a last line without its end, from a kill in mid-write, does not count."""
-        with self._usable():
-            content = self.path.read_bytes() if self.path.exists() else b""
-        if self.header.startswith(content) and content != self.header:  # nothing, or a part of the header
-            return {}
-        if not content.startswith(self.header):
-            raise InputError(
-                f"{self.path} does not hold points of this landscape, but of other weights, directions, data or loss, "
-                "or something else; give another file, or remove this one"
-            )
-        self.intact = content.rindex(b"\n") + 1
-        values = {}
-        for number, line in enumerate(content[len(self.header) : self.intact].splitlines(), start=2):
-            try:
-                record = json.loads(line)
-                pairs = [(float(record["losses"][name]), float(record["accuracies"][name])) for name in names]
-                values[tuple(map(float, record["at"]))] = dict(zip(names, pairs, strict=True))
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{self.path} is damaged in line {number}: remove that line, or the file") from error
-        return values
-
-    def prepare(self) -> None:
-        """Cut off what is not a whole line, and begin a new file with the header."""
-        with self._usable(), self.path.open("ab") as file:
-            file.truncate(self.intact)
-        if not self.intact:
-            self._write(self.header)
-
-    def append(self, point: Point, values: Values) -> None:
-        """Put one point on the disk."""
-
-        def column(i: int) -> dict[str, float | str]:
-            return {name: pair[i] if math.isfinite(pair[i]) else str(pair[i]) for name, pair in values.items()}
-
-        record = {"at": point, "losses": column(0), "accuracies": column(1)}
-        self._write(json.dumps(record, allow_nan=False).encode() + b"\n")
-
-    def _write(self, line: bytes) -> None:
-        with self._usable(), self.path.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-
-    @contextmanager
-    def _usable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(
-                f"points cannot be kept in {self.path} ({error.strerror}): give a file that can be read and written"
-            ) from error
-
-
-def _digest(parts: Iterable[object]) -> str:
-    """Return the SHA-256 of the parts in their order: tensors by dtype, shape and bits, all else by its repr."""
-    digest = hashlib.sha256()
-    for part in parts:
-        label = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else repr(part)
-        digest.update(f"{len(label)} {label}".encode())
-        if isinstance(part, Tensor):
-            digest.update(part.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _identity(model: nn.Module) -> list[object]:

@@ -11,9 +11,8 @@ from hessnb.experiments.profile import load_profile
 from hessnb.experiments.record import Record, recorded
 from hessnb.experiments.run import Outcome, look_up
 from hessnb.experiments.spec import RunSpec
+from hessnb.paper.recorded import PROFILES
 from hessnb.paper.tables import NOT_MEASURED
-
-PROFILES = ("paper", "laptop")
 
 
 def generated(record: Path, address: str) -> dict[str, str]:

@@ -21,7 +21,6 @@ from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.landscape import (
     Landscape,
-    _PointFile,
     along,
     between,
     filter_normalise,
@@ -29,6 +28,7 @@ from hessnb.landscape import (
     random_direction,
 )
 from hessnb.models import build
+from hessnb.points import PointFile
 from hessnb.training import evaluate
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -421,10 +421,10 @@ def test_every_float_returns_from_the_file_bit_by_bit(
     at: float, loss: float, accuracy: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("points") / "points.jsonl"
-    file = _PointFile(path, "0")
+    file = PointFile(path, "0")
     file.prepare()
     file.append((at,), {"größe \n": (loss, accuracy)})
-    ((point, values),) = _PointFile(path, "0").read(["größe \n"]).items()
+    ((point, values),) = PointFile(path, "0").read(["größe \n"]).items()
     for found, given_ in zip((*point, *values["größe \n"]), (at, loss, accuracy), strict=True):
         assert found.hex() == given_.hex()
 

@@ -224,6 +224,7 @@ def _verified(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, bytes
     try:
         for name in archive.namelist():
             contents[name] = archive.read(name)
+    # All that zipfile raises for damaged bytes: a flipped one may ask for a compression or a password that it lacks.
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{path} is damaged ({error}); copy or export it again") from error
     if MANIFEST not in contents:
