@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hessnb.curvature.precision import full_precision
 from hessnb.errors import InputError, unknown
 from hessnb.points import Point, PointFile, Values, digest
+from hessnb.precision import full_precision
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Sets = Mapping[str, Iterable[tuple[Tensor, Tensor]]]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -702,56 +700,6 @@ def test_autocast_outside_does_not_lower_the_precision_inside(operator: str, mem
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = OPERATORS[operator](model, F.cross_entropy, pairs, graph_memory=memory).matvec(v)
     assert_near(found, truth(operator, "conv") @ v, 1e-5)
-
-
-def test_tf32_is_off_inside_and_as_before_outside() -> None:
-    subprocess.run([sys.executable, "-c", TF32_CHECK], check=True)
-
-
-# Each setting has a process of its own: PyTorch has two sets of switches, and one spoils the other for good.
-TF32_CHECK = """
-import os
-import torch
-from hessnb.curvature.precision import full_precision
-b = torch.backends
-NEWER = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
-OLDER = (torch.get_float32_matmul_precision, lambda: b.cudnn.allow_tf32, lambda: b.cuda.matmul.allow_tf32)
-SETTINGS = (
-    "pass",
-    "torch.set_float32_matmul_precision('medium')",
-    "torch.backends.cudnn.allow_tf32 = False",
-    "torch.backends.fp32_precision = 'tf32'",
-    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
-)
-
-def state():
-    values = [switch.fp32_precision for switch in NEWER]
-    for read in OLDER:
-        try:
-            values.append(read())
-        except RuntimeError:
-            values.append("unreadable")
-    return values
-
-def check(setting):
-    exec(setting)
-    before = state()
-    try:
-        with full_precision():
-            assert {switch.fp32_precision for switch in NEWER} == {"ieee"}
-            assert "unreadable" in before or state()[6:] == ["highest", False, False]
-            raise RuntimeError("stop")
-    except RuntimeError as error:
-        assert str(error) == "stop"
-    assert state() == before, (setting, before, state())
-
-for setting in SETTINGS:
-    child = os.fork()
-    if not child:
-        check(setting)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0, setting
-"""
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

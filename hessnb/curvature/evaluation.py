@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from hessnb.curvature import checks
 from hessnb.curvature.memory import held_bytes
-from hessnb.curvature.precision import full_precision
 from hessnb.errors import InputError
 from hessnb.models import eval_mode
+from hessnb.precision import full_precision
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from hessnb.curvature.closed_form import closed_forms, piecewise_linear, require_piecewise_linear
 from hessnb.curvature.evaluation import check_samples, differentiable, evaluation, in_chunks
 from hessnb.curvature.input_lanczos import eigenvalues_by_lanczos, solve_by_lanczos
-from hessnb.curvature.precision import full_precision
 from hessnb.errors import InputError, unknown
 from hessnb.models import eval_mode
+from hessnb.precision import full_precision
 
 Method = Literal["auto", "closed_form", "lanczos"]
 

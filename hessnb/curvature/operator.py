@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from hessnb.curvature import checks
 from hessnb.curvature.double_backward import cheap_double_backward
 from hessnb.curvature.memory import available_memory, held_bytes
-from hessnb.curvature.precision import full_precision
 from hessnb.errors import InputError
 from hessnb.models import eval_mode
+from hessnb.precision import full_precision
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
