@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from hessnb.curvature import HessianOperator, lanczos
 from hessnb.data import Splits
 from hessnb.errors import InputError
-from hessnb.training import Perturbation, Recipe, State, evaluate, train
+from hessnb.steps import Perturbation
+from hessnb.training import Recipe, State, evaluate, train
 
 
 @dataclass(frozen=True)

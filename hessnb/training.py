@@ -4,6 +4,8 @@ Data stay on the device and minibatches are gathered there; there is no loader. 
 model's initial weights, the data and the recipe: the order of samples depends on the seed and the epoch alone, so a
 training that goes on from a saved `State` ends in the same bits as one that was never stopped (same machine, same
 number of threads).
+
+How steps are taken fast on CUDA is in `hessnb.steps`; losses and accuracies are computed in full precision everywhere.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from torch import Tensor, nn
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError, RunFailed
 from hessnb.models import eval_mode
+from hessnb.precision import full_precision
+from hessnb.steps import Perturbation, Steps, minibatch_step, momentum_of
 
 # Samples per forward pass of an evaluation: large enough to be fast, small enough for any network here.
 EVALUATION_BATCH = 1000
 
-# Called with the network, the inputs (N, C, H, W) and labels (N,) of a minibatch; returns the inputs to train on.
-Perturbation = Callable[[nn.Module, Tensor, Tensor], Tensor]
+# Epochs in a row without anything learned after which a network that had learned something is given up.
+PATIENCE = 20
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,30 @@ class State:
     history: list[Epoch] = field(default_factory=list)
 
 
-class Diverged(RunFailed):
-    """The training loss became infinite or NaN; ``state.history`` ends with that epoch."""
+class TrainingFailed(RunFailed):
+    """A training that cannot end well; ``state.history`` ends with the epoch that showed it."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, reason: str) -> None:
         last = state.history[-1]
         super().__init__(
-            f"training diverged: loss {last.train_loss} after epoch {last.epoch} at learning rate {last.lr:g}; lower it"
+            f"training {reason}: loss {last.train_loss:.4g} after epoch {last.epoch} at learning rate {last.lr:g}; "
+            "lower it"
         )
         self.state = state
+
+
+class Diverged(TrainingFailed):
+    """The training loss became infinite or NaN."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state, "diverged")
+
+
+class Collapsed(TrainingFailed):
+    """A network has lost what it had learned: for `PATIENCE` epochs its loss has been that of a constant answer."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state, "collapsed")
 
 
 def is_finished(history: list[Epoch], recipe: Recipe) -> bool:
@@ -130,11 +149,11 @@ def train(
     called with the state at the end of each epoch (its tensors are the live ones: copy or save them before returning).
     Model and data must be on one device.
 
-    Raises InputError for a batch size larger than the training set, and Diverged when the loss is not finite.
+    Raises InputError for a batch size larger than the training set, Diverged when the loss is not finite, and Collapsed
+    when a network has learned something and then `PATIENCE` epochs in a row is no better than a constant answer.
     """
     train_set = data.train
-    if recipe.batch_size > len(train_set):
-        raise InputError(f"batch_size = {recipe.batch_size}: the training set has only {len(train_set):,} samples")
+    check_batch_size(recipe, train_set)
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
     state = state or State()
     if state.model:
@@ -142,62 +161,58 @@ def train(
         for parameter, buffer in zip(model.parameters(), state.momentum, strict=False):
             optimizer.state[parameter]["momentum_buffer"] = buffer.clone()
     model.train()
+    step = minibatch_step(model, train_set, optimizer, perturbation)
+    steps = Steps(step, optimizer, list(model.buffers()), capture=perturbation is None)
     while not is_finished(state.history, recipe):
         started = time.perf_counter()
         lr = recipe.lr_at(state.epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        order = _order(len(train_set), recipe.seed, state.epoch)
-        train_epoch(model, train_set, optimizer, recipe.batch_size, order, perturbation)
-        train_loss, train_accuracy = evaluate(model, train_set)
-        test_loss, test_accuracy = evaluate(model, data.test)
-        seconds = time.perf_counter() - started
-        state = State(
-            epoch=state.epoch + 1,
-            model=model.state_dict(),
-            momentum=[_momentum(optimizer, p) for p in model.parameters()] if recipe.momentum else [],
-            history=[
-                *state.history,
-                Epoch(state.epoch + 1, lr, train_loss, train_accuracy, test_loss, test_accuracy, seconds),
-            ],
-        )
-        if not math.isfinite(train_loss):
-            raise Diverged(state)
+        steps.epoch(epoch_order(train_set, recipe, state.epoch), recipe.batch_size, lr)
+        momentum = [momentum_of(optimizer, p) for p in model.parameters()] if recipe.momentum else []
+        state = after_epoch(model, data, state, lr, momentum, started)
+        check(state, train_set)
         if on_epoch:
             on_epoch(state)
     return state
 
 
-def _momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
-    """Return a weight's momentum: zero for one that has had no gradient, which is where the optimiser starts."""
-    buffer: Tensor | None = optimizer.state[parameter].get("momentum_buffer")
-    return torch.zeros_like(parameter) if buffer is None else buffer
+def check_batch_size(recipe: Recipe, train_set: Split) -> None:
+    """Raise InputError for a batch size larger than the training set."""
+    if recipe.batch_size > len(train_set):
+        raise InputError(f"batch_size = {recipe.batch_size}: the training set has only {len(train_set):,} samples")
 
 
-def train_epoch(
-    model: nn.Module,
-    data: Split,
-    optimizer: torch.optim.Optimizer,
-    batch_size: int,
-    order: Tensor,
-    perturbation: Perturbation | None = None,
-) -> None:
-    """Take one pass of optimiser steps over ``data`` in the given order of sample indices (N,)."""
-    for index in order.to(data.labels.device).split(batch_size):
-        images, labels = data.images[index], data.labels[index]
-        if perturbation is not None:
-            images = perturbation(model, images, labels)
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+def after_epoch(
+    model: nn.Module, data: Splits, state: State, lr: float, momentum: list[Tensor], started: float
+) -> State:
+    """Return the state after one more epoch, whose losses and accuracies are computed here."""
+    train_loss, train_accuracy = evaluate(model, data.train)
+    test_loss, test_accuracy = evaluate(model, data.test)
+    seconds = time.perf_counter() - started
+    line = Epoch(state.epoch + 1, lr, train_loss, train_accuracy, test_loss, test_accuracy, seconds)
+    return State(state.epoch + 1, model.state_dict(), momentum, [*state.history, line])
+
+
+def check(state: State, train_set: Split) -> None:
+    """Raise Diverged or Collapsed when the last epochs of a training show that it will not end well."""
+    losses = [epoch.train_loss for epoch in state.history]
+    if not math.isfinite(losses[-1]):
+        raise Diverged(state)
+    constant = constant_loss(train_set.labels)  # of the share of each class, the best of all constant answers
+    if min(losses) < 0.9 * constant < 0.99 * constant < min(losses[-PATIENCE:]):
+        raise Collapsed(state)
+
+
+def constant_loss(labels: Tensor) -> float:
+    """Return the cross-entropy (nats) of labels (N,) under the shares of their classes."""
+    shares = labels.bincount().double() / len(labels)
+    return float(torch.special.entr(shares).sum())
 
 
 def evaluate(model: nn.Module, data: Split) -> tuple[float, float]:
     """Return the mean cross-entropy (nats) and the accuracy over ``data``, in eval mode, summed in float64."""
     loss = torch.zeros((), dtype=torch.float64, device=data.labels.device)
     correct = torch.zeros((), dtype=torch.int64, device=data.labels.device)
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), full_precision():
         for images, labels in data.batches(EVALUATION_BATCH):
             logits = model(images)
             loss += F.cross_entropy(logits.double(), labels, reduction="sum")
@@ -205,7 +220,7 @@ def evaluate(model: nn.Module, data: Split) -> tuple[float, float]:
     return loss.item() / len(data), correct.item() / len(data)
 
 
-def _order(n: int, seed: int, epoch: int) -> Tensor:
+def epoch_order(train_set: Split, recipe: Recipe, epoch: int) -> Tensor:
     """Return the order of samples in an epoch: a function of seed and epoch alone, drawn on the CPU for any device."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator)
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+    return torch.randperm(len(train_set), generator=generator)

@@ -18,7 +18,19 @@ from hessnb import training
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError, RunFailed
 from hessnb.models import build
-from hessnb.training import Diverged, Recipe, State, evaluate, is_finished, reached_target, train
+from hessnb.training import (
+    PATIENCE,
+    Collapsed,
+    Diverged,
+    Epoch,
+    Recipe,
+    State,
+    constant_loss,
+    evaluate,
+    is_finished,
+    reached_target,
+    train,
+)
 
 RECIPE = Recipe(batch_size=16, lr=0.05, momentum=0.9, max_epochs=3, seed=7)
 
@@ -53,7 +65,7 @@ def plain_loop(model: nn.Module, data: Split, recipe: Recipe) -> None:
     """Train without anything of hessnb but the order of samples; momentum is written out."""
     velocity = [torch.zeros_like(p) for p in model.parameters()]
     for epoch in range(recipe.max_epochs):
-        order = training._order(len(data), recipe.seed, epoch).tolist()
+        order = training.epoch_order(data, recipe, epoch).tolist()
         for start in range(0, len(order), recipe.batch_size):
             index = order[start : start + recipe.batch_size]
             loss = F.cross_entropy(model(data.images[index]), data.labels[index])
@@ -78,10 +90,11 @@ def test_training_equals_a_plain_loop_bit_for_bit(data: Splits, make: Callable[[
     assert not same(bits(ours), bits(make()))
 
 
-def test_the_order_of_samples_is_a_new_permutation_for_each_seed_and_epoch() -> None:
-    orders = [tuple(training._order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)]
+def test_the_order_of_samples_is_a_new_permutation_for_each_seed_and_epoch(data: Splits) -> None:
+    recipes = [replace(RECIPE, seed=seed) for seed in (0, 1)]
+    orders = [tuple(training.epoch_order(data.train, recipe, epoch).tolist()) for recipe in recipes for epoch in (0, 1)]
     assert len(set(orders)) == 4
-    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert all(sorted(order) == list(range(70)) for order in orders)
 
 
 def test_training_leaves_the_global_random_state(
@@ -225,6 +238,38 @@ def test_a_training_that_diverges_is_an_error_that_carries_its_history(data: Spl
     assert (line.epoch, line.lr) == (1, 1e30)
     assert not math.isfinite(line.train_loss)
     assert not calls
+
+
+def losses(*values: float) -> State:
+    return State(history=[Epoch(i + 1, 0.1, value, 0.1, value, 0.1, 1.0) for i, value in enumerate(values)])
+
+
+def test_a_network_that_has_lost_what_it_had_learned_is_given_up() -> None:
+    ten = Split(torch.zeros(50, 1, 1, 1), torch.arange(10).repeat(5))
+    assert constant_loss(ten.labels) == pytest.approx(math.log(10), rel=1e-12)
+    training.check(losses(*[2.31] * 100), ten)  # it may begin yet
+    training.check(losses(2.3, 0.5, *[2.31] * (PATIENCE - 1)), ten)
+    training.check(losses(2.3, 0.5, *[2.31] * (PATIENCE - 1), 2.2), ten)
+    training.check(losses(2.3, 2.2, *[2.31] * PATIENCE), ten)  # it has hardly begun
+    with pytest.raises(Collapsed, match="training collapsed: loss 2.31 after epoch 22 at learning rate 0.1; lower it"):
+        training.check(losses(2.3, 0.5, *[2.31] * PATIENCE), ten)
+
+
+def test_the_constant_answer_knows_the_shares_of_the_classes() -> None:
+    assert constant_loss(torch.tensor([2, 2, 2, 0])) == pytest.approx(2 * math.log(2) - 0.75 * math.log(3), rel=1e-12)
+    assert constant_loss(torch.tensor([3, 3])) == 0.0
+
+
+def test_dead_units_make_a_training_collapse(data: Splits) -> None:
+    model = tiny()
+    state = train(model, data, replace(RECIPE, max_epochs=15))
+    assert state.history[-1].train_loss < 0.9 * constant_loss(data.train.labels)
+    for name, tensor in state.model.items():
+        if name.endswith("bias"):
+            tensor.fill_(0.0 if tensor.numel() == 10 else -100.0)  # no unit of a hidden layer is active any more
+    with pytest.raises(Collapsed) as caught:
+        train(model, data, replace(RECIPE, lr=1e-3, max_epochs=100), state=state)
+    assert len(caught.value.state.history) == 15 + PATIENCE
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ from hessnb import data
 from hessnb.curvature import EigenResult, HessianOperator, input_hessian_eigenvalues, lanczos
 from hessnb.experiments.provenance import provenance
 from hessnb.models import build, parameter_count
-from hessnb.training import Recipe, train, train_epoch
+from hessnb.training import Recipe, train
 
 TOL = 1e-4
 BATCH = 250
@@ -254,10 +254,7 @@ def memory_of_solve(chosen: argparse.Namespace) -> Row:
     threadpool_limits(chosen.threads)
     split = data.load("cifar10", n_train=chosen.images, n_test=1).train
     model = build("C1", seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    train_epoch(model, split, optimizer, 100, torch.arange(len(split)))
-    del optimizer
-    model.zero_grad()
+    train(model, data.Splits(split, split.head(1), ()), Recipe(100, lr=0.01, momentum=0.9, max_epochs=1, seed=0))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or what the training freed would be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now

@@ -1,0 +1,129 @@
+"""hessnb.together: each network of those trained together becomes what it becomes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from hessnb.data import Split, Splits
+from hessnb.errors import InputError
+from hessnb.models import build
+from hessnb.together import train_together
+from hessnb.training import Diverged, Recipe, State, TrainingFailed, train
+
+RECIPE = Recipe(batch_size=16, lr=0.05, momentum=0.9, max_epochs=4, seed=0)
+SEEDS = (3, 1, 4)
+
+
+def doubles(data: Splits, colours: int) -> Splits:
+    """Return 70 training and 30 test images in float64, with three colours of 32 x 32 pixels if so wished."""
+
+    def some(split: Split, n: int) -> Split:
+        images = split.images[:n].double()
+        if colours == 3:
+            images = torch.nn.functional.pad(images, (2, 2, 2, 2)).repeat(1, 3, 1, 1)
+        return Split(images, split.labels[:n])
+
+    return Splits(some(data.train, 70), some(data.test, 30), data.classes)
+
+
+def networks(name: str) -> list[nn.Module]:
+    return [build(name, num_classes=10, width=0.1, seed=seed).double() for seed in SEEDS]
+
+
+def recipes(**changes: float) -> list[Recipe]:
+    return [replace(RECIPE, seed=seed, **changes) for seed in SEEDS]  # type: ignore[arg-type]
+
+
+def assert_same_training(found: State | TrainingFailed, expected: State) -> None:
+    assert isinstance(found, State)
+    assert found.epoch == expected.epoch
+    for ours, theirs in zip(found.history, expected.history, strict=True):
+        assert (ours.epoch, ours.lr) == (theirs.epoch, theirs.lr)
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-9)
+        assert ours.test_loss == pytest.approx(theirs.test_loss, rel=1e-9)
+        assert (ours.train_accuracy, ours.test_accuracy) == (theirs.train_accuracy, theirs.test_accuracy)
+    assert found.model.keys() == expected.model.keys()
+    for name, tensor in expected.model.items():
+        assert torch.allclose(found.model[name], tensor, rtol=1e-9, atol=1e-12), name
+    for ours, theirs in zip(found.momentum, expected.momentum, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("name", ["M1", "C1", "C2", "C3", "CR"])
+def test_each_network_is_trained_as_it_would_be_alone(digits: Splits, name: str, momentum: float) -> None:
+    data, ours, alone = doubles(digits, 1 if name == "M1" else 3), networks(name), networks(name)
+    chosen = recipes(momentum=momentum, max_epochs=2, lr=0.01)
+    states = train_together(ours, data, chosen)
+    for found, model, other, recipe in zip(states, ours, alone, chosen, strict=True):
+        assert_same_training(found, train(other, data, recipe))
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), found.model.values(), strict=True))
+
+
+def test_a_network_that_reaches_its_target_leaves_the_others(digits: Splits) -> None:
+    data = doubles(digits, 1)
+    pairs = zip(networks("M1"), recipes(), strict=True)
+    losses = [[line.train_loss for line in train(m, data, r).history] for m, r in pairs]
+    first = [each[1] for each in losses]
+    target = sorted(first)[0] * 1.0001  # reached after two epochs by one of them, later by the others
+    chosen = recipes(loss_target=target, max_epochs=8)
+    expected = [train(m, data, r) for m, r in zip(networks("M1"), chosen, strict=True)]
+    assert len({state.epoch for state in expected}) > 1
+    for found, alone in zip(train_together(networks("M1"), data, chosen), expected, strict=True):
+        assert_same_training(found, alone)
+
+
+def test_trainings_go_on_together_from_different_epochs(digits: Splits) -> None:
+    data, models = doubles(digits, 1), networks("M1")
+    states = [
+        train(model, data, replace(recipe, max_epochs=epochs)) if epochs else State()
+        for model, recipe, epochs in zip(models, recipes(), (0, 3, 1), strict=True)
+    ]
+    seen: list[tuple[int, int]] = []
+    found = train_together(
+        models, data, recipes(), states=states, on_epoch=lambda i, state: seen.append((i, state.epoch))
+    )
+    for state, alone, recipe in zip(found, networks("M1"), recipes(), strict=True):
+        assert_same_training(state, train(alone, data, recipe))
+    assert seen == [(0, 1), (1, 4), (2, 2), (0, 2), (2, 3), (0, 3), (2, 4), (0, 4)]
+
+
+def test_a_training_that_fails_does_not_hinder_the_others(digits: Splits) -> None:
+    data, models = doubles(digits, 1), networks("M1")
+    with torch.no_grad():
+        next(models[1].parameters()).fill_(torch.nan)
+    found = train_together(models, data, recipes())
+    assert isinstance(found[1], Diverged)
+    assert len(found[1].state.history) == 1
+    for i in (0, 2):
+        assert_same_training(found[i], train(networks("M1")[i], data, recipes()[i]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda models, chosen: (models[:2], chosen), "alike, each with its recipe"),
+        (lambda models, chosen: ([], []), "alike, each with its recipe"),
+        (lambda models, chosen: ([*models[:2], build("M1", width=0.2)], chosen), "alike, each with its recipe"),
+        (lambda models, chosen: (models, [*chosen[:2], replace(chosen[2], lr=1.0)]), "nothing but the seed"),
+        (
+            lambda models, chosen: (models, [replace(r, decay_every=1, decay_factor=0.5) for r in chosen]),
+            "constant learning rate: take off decay_every",
+        ),
+        (lambda models, chosen: (models, [replace(r, batch_size=71) for r in chosen]), "has only 70 samples"),
+        (lambda models, chosen: ([m.requires_grad_(False) for m in models], chosen), "frozen weights"),
+    ],
+)
+def test_what_cannot_be_trained_together_is_refused(
+    digits: Splits,
+    change: Callable[[list[nn.Module], list[Recipe]], tuple[list[nn.Module], list[Recipe]]],
+    message: str,
+) -> None:
+    models, chosen = change(networks("M1"), recipes())
+    with pytest.raises(InputError, match=message):
+        train_together(models, doubles(digits, 1), chosen)
