@@ -283,7 +283,7 @@ def test_what_is_learnt_on_the_way_changes_the_order(
 
 def test_training_stops_between_epochs_and_goes_on_from_there_to_the_same_bits(network: Path, tmp_path: Path) -> None:
     spec = tasks("table7")[0].spec
-    recipe = replace(spec.recipe, loss_target=None, max_epochs=120)
+    recipe = replace(spec.recipe, loss_target=None, max_epochs=120, lr=0.02)
     longer = grid.Task(spec.model_copy(update={"recipe": recipe}), ())
     whole = Store(tmp_path / "whole")
     reference = run.train_run(whole, longer.spec)

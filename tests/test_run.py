@@ -262,6 +262,56 @@ def test_spread_is_the_sample_standard_deviation() -> None:
     assert mean_and_spread([], "{:.2f}") == NOT_MEASURED
 
 
+# Several seeds together
+
+
+def seeds_of_table7() -> list[RunSpec]:
+    """Return the trainings of three seeds at one batch size."""
+    specs = [task.spec for task in grid.artefact("table7").tasks(load_profile("smoke"), 3)]
+    return [spec for spec in specs if spec.recipe.batch_size == specs[0].recipe.batch_size]
+
+
+def test_mates_are_the_other_seeds_of_a_training() -> None:
+    tasks = grid.plan(list(grid.ARTEFACTS.values()), load_profile("smoke"), 3)
+    spec, *others = seeds_of_table7()
+    assert {other.key for other in run.mates_of(spec, (task.spec for task in tasks))} == {s.key for s in others}
+    original, robust = (task.spec for task in grid.artefact("table3").tasks(load_profile("smoke"), 1)[:2])
+    assert run.mates_of(original, (task.spec for task in tasks)) == []  # its learning rate decays
+    assert run.mates_of(robust, (task.spec for task in tasks)) == []
+
+
+def test_seeds_that_are_trained_together_are_results_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs, store = seeds_of_table7(), Store(tmp_path / "store")
+    monkeypatch.setattr(run, "is_faster_together", lambda models, data, recipe: len(models) == 2)
+    run.train_run(store, specs[1])
+    splits, seen = networks.load_data(specs[0].data, "cpu"), list[str]()
+
+    def stop(what: str, share: float, detail: str) -> None:
+        if "epoch 2," in detail and specs[2].label in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run._train_together(store, specs, splits, torch.device("cpu"), stop)
+    states = [store.checkpoint(spec) for spec in (specs[0], specs[2])]
+    assert all(state is not None and state.epoch >= 1 for state in states)
+    assert states[1] is not None
+    assert states[1].epoch == 2  # what ends a training between epochs costs it none
+    assert run._train_together(store, specs, splits, torch.device("cpu"), lambda what, *rest: seen.append(what))
+    assert {what.split(":")[0] for what in seen} == {specs[0].label, specs[2].label}
+    for spec in specs:
+        result, alone = store.result(spec), Store(tmp_path / "alone")
+        assert result is not None
+        assert result.reason == "loss target reached"
+        assert result.provenance.get("seeds_together") == (None if spec == specs[1] else [0, 2])
+        first, expected = result.history[0], run.train_run(alone, spec).history[0]
+        assert first.train_loss == pytest.approx(expected.train_loss, rel=1e-3)
+        model = networks.trained_model(store, spec)
+        assert training.evaluate(model, splits.train)[0] == pytest.approx(result.history[-1].train_loss, rel=1e-6)
+    assert not run._train_together(store, specs, splits, torch.device("cpu"), lambda *rest: None)
+
+
 def test_training_on_all_of_mnist_starts_as_the_paper_has_it(published: Callable[[str], Splits]) -> None:
     """One epoch of the paper's batch-64 row: the whole path on the published data (the full row takes half an hour)."""
     splits = published("mnist")

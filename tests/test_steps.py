@@ -98,7 +98,8 @@ def test_a_captured_step_is_of_whole_minibatches_and_a_perturbed_one_never_captu
 def test_on_cuda_captured_steps_are_those_of_the_cpu(data: Splits, make: Callable[[], nn.Module]) -> None:
     model = make()
     if next(iter(model.state_dict().values())).shape[1] == 1:
-        data = Splits(*(Split(s.images[:, :1, 2:-2, 2:-2], s.labels) for s in (data.train, data.test)), data.classes)
+        grey = [Split(split.images[:, :1, 2:-2, 2:-2], split.labels) for split in (data.train, data.test)]
+        data = Splits(grey[0], grey[1], data.classes)
     expected = train(make(), data, RECIPE)
     found = train(model.to("cuda"), on("cuda", data), RECIPE)
     for ours, theirs in zip(found.history, expected.history, strict=True):

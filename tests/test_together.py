@@ -50,8 +50,8 @@ def assert_same_training(found: State | TrainingFailed, expected: State) -> None
     assert found.model.keys() == expected.model.keys()
     for name, tensor in expected.model.items():
         assert torch.allclose(found.model[name], tensor, rtol=1e-9, atol=1e-12), name
-    for ours, theirs in zip(found.momentum, expected.momentum, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-12)
+    for momentum, theirs_too in zip(found.momentum, expected.momentum, strict=True):
+        assert torch.allclose(momentum, theirs_too, rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -62,6 +62,7 @@ def test_each_network_is_trained_as_it_would_be_alone(digits: Splits, name: str,
     states = train_together(ours, data, chosen)
     for found, model, other, recipe in zip(states, ours, alone, chosen, strict=True):
         assert_same_training(found, train(other, data, recipe))
+        assert isinstance(found, State)
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), found.model.values(), strict=True))
 
 

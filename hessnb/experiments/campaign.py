@@ -17,7 +17,7 @@ from hessnb import data
 from hessnb.experiments.estimate import Estimates, in_words
 from hessnb.experiments.grid import Task
 from hessnb.experiments.measure import Report, silent
-from hessnb.experiments.run import RESUMED, measure_run, train_run
+from hessnb.experiments.run import RESUMED, mates_of, measure_run, train_run
 from hessnb.experiments.spec import Measure, RunSpec
 from hessnb.experiments.store import Spent, Store
 
@@ -219,7 +219,7 @@ def carry_out(
             unit = todo.pop(0)
             if reason := work.obstacle(unit):
                 refused.append(f"{unit.label}: {reason}")
-            elif work.is_ready(unit) and work.do(unit):
+            elif work.is_ready(unit) and work.do(unit, [other.spec for other in todo if other.measure is None]):
                 todo = ordered(todo, estimates)
     return refused
 
@@ -258,37 +258,43 @@ class _Work:
             with self._store.lock(spec):
                 pass
 
-    def do(self, unit: Unit) -> bool:
-        """Carry out a unit if there is time, and return whether nothing was known of its costs before."""
+    def do(self, unit: Unit, trainings: Sequence[RunSpec]) -> bool:
+        """Carry out a unit if there is time, and return whether nothing was known of its costs before.
+
+        ``trainings`` are those that are still to come: a training may take the other seeds of its own along.
+        """
         piece = _piece(self._store, unit, self._estimates)
         if is_hopeless(unit, self._estimates.failed) or not self._clock.fits(piece):
             return False
         with suppress(OutOfTime):
-            return self._train(unit.spec) if unit.measure is None else self._measure(unit.spec, unit.measure)
+            if unit.measure is None:
+                return self._train(unit.spec, mates_of(unit.spec, trainings))
+            return self._measure(unit.spec, unit.measure)
         return False
 
-    def _train(self, spec: RunSpec) -> bool:
+    def _train(self, spec: RunSpec, mates: Sequence[RunSpec]) -> bool:
         new, last = self._estimates.epoch(spec) is None, self._clock.now
 
         def told(what: str, share: float, detail: str) -> None:
             nonlocal last
             self._report(what, share, detail)
             seconds, last = self._clock.now - last, self._clock.now
-            if 0 < share < 1:  # an epoch has ended, its checkpoint is kept
+            if 0 < share < 1:  # an epoch has ended, and is kept if this ends the training here
                 self._store.save_spent(spec, None, Spent())
                 if not self._clock.fits(seconds):
                     raise OutOfTime
 
         try:
-            result = train_run(self._store, spec, device=self._device, report=told)
+            train_run(self._store, spec, mates=mates, device=self._device, report=told)
         except OutOfTime:
             if self._clock.left <= 0:
                 self._store.save_spent(spec, None, Spent(lost=round(self._clock.now - last, 3)))
             for other, history, _ in self._store.under_way():
-                if other == spec:
+                if other in (spec, *mates):
                     self._estimates.learn_history(spec, history)
             raise
-        self._estimates.learn_run(result)
+        for ended in filter(None, map(self._store.result, (spec, *mates))):
+            self._estimates.learn_run(ended)
         return new
 
     def _measure(self, spec: RunSpec, measure: Measure) -> bool:

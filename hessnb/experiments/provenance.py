@@ -19,8 +19,11 @@ import torch
 import hessnb
 
 
-def provenance(*, device: torch.device, seed: int, seconds: float) -> dict[str, Any]:
-    """Return the provenance of a result computed just now: ``seconds`` of work, peak memory of this process in MiB."""
+def provenance(*, device: torch.device, seed: int, seconds: float, **more: object) -> dict[str, Any]:
+    """Return the provenance of a result computed just now: ``seconds`` of work, peak memory of this process in MiB.
+
+    ``more`` is what else there is to say of how it was computed.
+    """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -35,6 +38,7 @@ def provenance(*, device: torch.device, seed: int, seconds: float) -> dict[str, 
         "seed": seed,
         "seconds": round(seconds, 3),
         "peak_memory_mib": round(peak),
+        **more,
     }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from hessnb.experiments.profile import Profile, load_profile
 from hessnb.experiments.provenance import provenance
 from hessnb.experiments.spec import Measure, RunSpec, Spectrum
 from hessnb.experiments.store import Measurement, Results, RunResult, Spent, Store
+from hessnb.together import is_faster_together, train_together
 from hessnb.training import State
 
 # Measures that go on from where they were interrupted, by kind, and the most seconds of work that an interruption costs
@@ -91,7 +92,8 @@ def compute(
     """
     where = data.check_device(device)
     for task in _held_last(store, tasks):
-        result = train_run(store, task.spec, device=where, report=report)
+        mates = mates_of(task.spec, (other.spec for other in tasks))
+        result = train_run(store, task.spec, mates=mates, device=where, report=report)
         if result.status == "done":
             for measure in task.measures:
                 measure_run(store, task.spec, measure, device=where, report=report)
@@ -128,19 +130,28 @@ def results(
     return outcomes
 
 
-def train_run(store: Store, spec: RunSpec, *, device: torch.device | str = "cpu", report: Report = silent) -> RunResult:
-    """Return the ended training of ``spec``, after training it, or going on with it, if the store lacks it."""
+def train_run(
+    store: Store,
+    spec: RunSpec,
+    *,
+    mates: Sequence[RunSpec] = (),
+    device: torch.device | str = "cpu",
+    report: Report = silent,
+) -> RunResult:
+    """Return the ended training of ``spec``, after training it, or going on with it, if the store lacks it.
+
+    On CUDA its ``mates`` (see `mates_of`) are trained along with it if that takes less time than one after the other.
+    """
     if found := store.result(spec):
         return found
     where = data.check_device(device)
     splits = load_data(spec.data, str(where))
-    label = f"{spec.label}: training"
-    report(label, 0.0, "")
+    report(f"{spec.label}: training", 0.0, "")
+    if mates and where.type == "cuda" and _train_together(store, [spec, *mates], splits, where, report):
+        return train_run(store, spec, device=where, report=report)
     with store.lock(spec):
         if found := store.result(spec):  # another process has ended it while this one waited
             return found
-        recipe = spec.recipe
-        state = store.checkpoint(spec)
         if spec.parent is None:
             model = new_model(spec, len(splits.classes)).to(where)
         else:
@@ -148,31 +159,111 @@ def train_run(store: Store, spec: RunSpec, *, device: torch.device | str = "cpu"
             if parent.status == "failed":
                 raise RunFailed(f"{spec.label}: its parent failed: {parent.reason}")
             model = trained_model(store, spec.parent, where)
-        perturbation = attack_function(spec.attack) if spec.attack else None
-
-        def after_epoch(state: State) -> None:
-            store.save_checkpoint(spec, state)
-            last = state.history[-1]
-            report(label, _share_done(state, recipe), f"epoch {last.epoch}, loss {last.train_loss:.4f}")
-
+        ended: State | training.TrainingFailed
         try:
-            state = training.train(model, splits, recipe, perturbation=perturbation, state=state, on_epoch=after_epoch)
-            reached = training.reached_target(state.history, recipe)
-            reason = "loss target reached" if reached else f"{recipe.max_epochs} epochs done"
-            status = "done"
-        except training.Diverged as error:
-            state, status, reason = error.state, "failed", str(error)
-        seconds = sum(epoch.seconds for epoch in state.history)
-        result = RunResult(
-            spec=spec,
-            status="done" if status == "done" else "failed",
-            reason=reason,
-            history=state.history,
-            provenance=provenance(device=where, seed=recipe.seed, seconds=seconds),
+            ended = training.train(
+                model,
+                splits,
+                spec.recipe,
+                perturbation=attack_function(spec.attack) if spec.attack else None,
+                state=store.checkpoint(spec),
+                on_epoch=_Checkpoints(store, spec, report).after_epoch,
+            )
+        except training.TrainingFailed as failed:
+            ended = failed
+        return _end(store, spec, ended, where, report)
+
+
+def mates_of(spec: RunSpec, others: Iterable[RunSpec]) -> list[RunSpec]:
+    """Return those of ``others`` that can be trained together with ``spec``: the same but for the seed."""
+    if spec.attack or spec.parent or spec.recipe.decay_every:
+        return []
+    alike = [other for other in others if other.attack is None and (other.data, other.model) == (spec.data, spec.model)]
+    return [other for other in alike if other != spec and replace(other.recipe, seed=spec.recipe.seed) == spec.recipe]
+
+
+def _train_together(
+    store: Store, specs: Sequence[RunSpec], splits: data.Splits, device: torch.device, report: Report
+) -> bool:
+    """Train together what the store lacks and no other process is at work on; return False if that is not faster."""
+    with ExitStack() as stack:
+        locked = []
+        for spec in specs:
+            with suppress(InputError):
+                stack.enter_context(store.lock(spec, wait=False))
+                locked.append(spec)
+        lacking = [spec for spec in locked if store.result(spec) is None]
+        models = [new_model(spec, len(splits.classes)).to(device) for spec in lacking]
+        if len(lacking) < 2 or not is_faster_together(models, splits.train, lacking[0].recipe):
+            return False
+        keep = [_Checkpoints(store, spec, report) for spec in lacking]
+        ended = train_together(
+            models,
+            splits,
+            [spec.recipe for spec in lacking],
+            states=[store.checkpoint(spec) or State() for spec in lacking],
+            on_epoch=lambda i, state: keep[i].after_epoch(state),
         )
-        store.save_result(result, state)
-    report(label, 1.0, reason)
+        seeds = [spec.recipe.seed for spec in lacking]
+        for spec, state in zip(lacking, ended, strict=True):
+            _end(store, spec, state, device, report, seeds_together=seeds)
+    return True
+
+
+def _end(
+    store: Store,
+    spec: RunSpec,
+    ended: State | training.TrainingFailed,
+    device: torch.device,
+    report: Report,
+    **more: object,
+) -> RunResult:
+    """Keep an ended training as a result, with ``more`` in its provenance."""
+    state = ended if isinstance(ended, State) else ended.state
+    if isinstance(ended, training.TrainingFailed):
+        reason = str(ended)
+    elif training.reached_target(state.history, spec.recipe):
+        reason = "loss target reached"
+    else:
+        reason = f"{spec.recipe.max_epochs} epochs done"
+    seconds = sum(epoch.seconds for epoch in state.history)
+    result = RunResult(
+        spec=spec,
+        status="done" if isinstance(ended, State) else "failed",
+        reason=reason,
+        history=state.history,
+        provenance=provenance(device=device, seed=spec.recipe.seed, seconds=seconds, **more),
+    )
+    store.save_result(result, state)
+    report(f"{spec.label}: training", 1.0, reason)
     return result
+
+
+class _Checkpoints:
+    """Keeps what there is of a training and reports it, epoch for epoch, for at most a twentieth of the time."""
+
+    def __init__(self, store: Store, spec: RunSpec, report: Report) -> None:
+        self._store, self._spec, self._report = store, spec, report
+        self._due = -math.inf
+
+    def after_epoch(self, state: State) -> None:
+        """Keep the state if the last time is long enough ago, or if the report ends the training here."""
+        if kept := time.monotonic() >= self._due:
+            self._keep(state)
+        last = state.history[-1]
+        share = _share_done(state, self._spec.recipe)
+        try:
+            self._report(f"{self._spec.label}: training", share, f"epoch {last.epoch}, loss {last.train_loss:.4f}")
+        except BaseException:
+            if not kept:
+                self._keep(state)
+            raise
+
+    def _keep(self, state: State) -> None:
+        started = time.monotonic()
+        self._store.save_checkpoint(self._spec, state)
+        ended = time.monotonic()
+        self._due = ended + 20 * (ended - started)
 
 
 def measure_run(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hessnb import data
 from hessnb.data import Split, _torchvision_class
+from hessnb.experiments.provenance import device_name
 from hessnb.models import build
 from hessnb.steps import Steps, minibatch_step
 from hessnb.together import Stacked
@@ -122,7 +124,7 @@ def main() -> None:
     chosen = parser.parse_args()
     split = data.load(DATA[chosen.network], device=chosen.device).train
     dataset = Pictures(split)
-    runs = {"hessnb": lambda: ours(split, chosen)}
+    runs: dict[str, Callable[[], float]] = {"hessnb": lambda: ours(split, chosen)}
     if chosen.seeds > 1:
         runs[f"hessnb, {chosen.seeds} seeds together"] = lambda: together(split, chosen)
     runs |= {
@@ -133,7 +135,7 @@ def main() -> None:
     for _ in range(chosen.rounds):
         for name, run in runs.items():
             rates[name].append(run())
-    where = f"{torch.get_num_threads()} threads" if chosen.device == "cpu" else torch.cuda.get_device_name()
+    where = f"{torch.get_num_threads()} threads" if chosen.device == "cpu" else device_name(torch.device(chosen.device))
     print(f"{chosen.network}, batch {chosen.batch_size}, {where}, torch {torch.__version__}")
     for name, values in rates.items():
         ratios = [mine / other for mine, other in zip(rates["hessnb"], values, strict=True)]
