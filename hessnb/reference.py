@@ -16,7 +16,7 @@ from pathlib import Path
 PAGES = {
     "data": ("hessnb.data",),
     "models": ("hessnb.models",),
-    "training": ("hessnb.training",),
+    "training": ("hessnb.training", "hessnb.together"),
     "curvature": ("hessnb.curvature",),
     "attacks": ("hessnb.attacks",),
     "robustness": ("hessnb.robustness",),

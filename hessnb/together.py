@@ -30,6 +30,8 @@ from hessnb.training import (
     is_finished,
 )
 
+__all__ = ["is_faster_together", "train_together"]
+
 # Steps that are timed, after those in which kernels are chosen and steps are captured.
 _TIMED_STEPS = 50
 

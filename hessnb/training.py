@@ -25,6 +25,20 @@ from hessnb.models import eval_mode
 from hessnb.precision import full_precision
 from hessnb.steps import Perturbation, Steps, minibatch_step, momentum_of
 
+__all__ = [
+    "PATIENCE",
+    "Collapsed",
+    "Diverged",
+    "Epoch",
+    "Recipe",
+    "State",
+    "TrainingFailed",
+    "evaluate",
+    "is_finished",
+    "reached_target",
+    "train",
+]
+
 # Samples per forward pass of an evaluation: large enough to be fast, small enough for any network here.
 EVALUATION_BATCH = 1000
 
