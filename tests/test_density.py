@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hessnb.curvature.density import Estimate, SpectralDensity, spectral_density, trace
+from hessnb.curvature.density import DensityState, Estimate, SpectralDensity, spectral_density, trace
 from hessnb.errors import InputError
 
 Method = Literal["hutch++", "hutchinson"]
@@ -415,6 +415,41 @@ def test_progress_counts_products_and_those_still_to_come() -> None:
     H = symmetric(torch.tensor([1.0, 2.0], dtype=torch.float64).repeat(20))  # two steps exhaust each probe
     spectral_density(H, n_probes=3, n_steps=4, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 12), (2, 10), (3, 10), (4, 8), (5, 8), (6, 6)]
+
+
+@pytest.mark.parametrize("n", [5, 30])
+def test_an_estimate_goes_on_from_any_state_to_the_same_bits(n: int) -> None:
+    H = symmetric(linspace(-1, 3, n))
+    states: list[DensityState] = []
+    whole = spectral_density(H, n_probes=3, n_steps=8, generator=seeded(5), save=states.append, save_seconds=-1.0)
+    # Of a probe that exhausts its space nothing is left to keep at its last product.
+    assert len(states) == whole.n_matvecs - (3 if n == 5 else 0)
+    for i, state in enumerate(states):
+        done: list[tuple[int, int]] = []
+        H.n_matvecs = 0
+        found = spectral_density(
+            H,
+            n_probes=3,
+            n_steps=8,
+            generator=seeded(77),  # the state has its own
+            state=state,
+            progress=lambda a, b, done=done: done.append((a, b)),  # type: ignore[misc]
+        )
+        assert torch.equal(found.nodes, whole.nodes)
+        assert torch.equal(found.weights, whole.weights)
+        assert found.n_matvecs == whole.n_matvecs
+        assert H.n_matvecs == whole.n_matvecs - int(state.counters[1])
+        assert not done or done[-1][0] == done[-1][1] == whole.n_matvecs, i
+
+
+def test_a_state_of_another_estimate_is_refused() -> None:
+    states: list[DensityState] = []
+    H = symmetric(linspace(0, 1, 30))
+    spectral_density(H, n_probes=2, n_steps=4, save=states.append, save_seconds=-1.0)
+    with pytest.raises(InputError, match=r"the saved state is of \(2, 4\) probes and steps, these are \(3, 4\)"):
+        spectral_density(H, n_probes=3, n_steps=4, state=states[0])
+    with pytest.raises(InputError, match="the saved state is of an operator of size 30, this is 31"):
+        spectral_density(symmetric(linspace(0, 1, 31)), n_probes=2, n_steps=4, state=states[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

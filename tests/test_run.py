@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hessnb import models, training
-from hessnb.curvature import EigenResult, HessianOperator, Progress, lanczos
+from hessnb.curvature import EigenResult, HessianOperator, Progress, lanczos, spectral_density
 from hessnb.data import Splits
 from hessnb.errors import InputError, RunFailed
 from hessnb.experiments import grid, measure, networks, run, status
 from hessnb.experiments.estimate import Estimates
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.spec import DataSpec, ModelSpec, PowerIteration, RunSpec, Spectrum
+from hessnb.experiments.spec import DataSpec, Density, ModelSpec, PowerIteration, RunSpec, Spectrum
 from hessnb.experiments.store import Store
 from hessnb.paper import large_batch
 from hessnb.paper.published import published as published_table
@@ -134,6 +134,32 @@ def test_interrupted_spectrum_goes_on_from_what_was_kept_and_ends_in_the_same_nu
     assert resumed.values == whole.values
     assert len(products) <= whole.values["n_matvecs"] + 2  # one for each interruption
     assert store.partial(task.spec, spectrum) is None
+    assert not list(store.root.rglob("*.partial.*"))
+
+
+def test_interrupted_density_goes_on_from_what_was_kept_and_ends_in_the_same_numbers(
+    smoke: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, density = tasks()[0].spec, Density(split="train", probes=2, steps=5)
+    whole = run.measure_run(smoke, spec, density)
+    store = Store(tmp_path / "store")
+    run.train_run(store, spec)
+    monkeypatch.setattr(measure, "spectral_density", partial(spectral_density, save_seconds=-1.0))
+    seen: list[str] = []
+    for limit in (3, 8):
+
+        def stop(what: str, share: float, detail: str, limit: int = limit) -> None:
+            seen.append(detail)
+            if detail == f"product {limit} of 10":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run.measure_run(store, spec, density, report=stop)
+        assert store.check() == []
+    resumed = run.measure_run(store, spec, density, report=lambda what, share, detail: seen.append(detail))
+    assert resumed.values == whole.values
+    products = [int(detail.split()[1]) for detail in seen if detail.startswith("product")]
+    assert products == [1, 2, 3, 3, 4, 5, 6, 7, 8, 8, 9, 10]
     assert not list(store.root.rglob("*.partial.*"))
 
 

@@ -4,7 +4,7 @@ Everything here leaves the model as it was (parameters, buffers, ``.grad``, each
 state), is taken in eval mode, and works on flat vectors in the order of ``torch.nn.utils.parameters_to_vector``.
 """
 
-from hessnb.curvature.density import Estimate, SpectralDensity, spectral_density, trace
+from hessnb.curvature.density import DensityState, Estimate, SpectralDensity, spectral_density, trace
 from hessnb.curvature.eigen import EigenResult, Progress, lanczos, power_iteration
 from hessnb.curvature.inputs import (
     InputCurvature,
@@ -20,6 +20,7 @@ from hessnb.curvature.operator import CurvatureOperator, GGNOperator, HessianOpe
 
 __all__ = [
     "CurvatureOperator",
+    "DensityState",
     "EigenResult",
     "Estimate",
     "GGNOperator",

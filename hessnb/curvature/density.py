@@ -14,6 +14,7 @@ of sqrt(2)/n and a long tail, so that with few probes its error bar is rough its
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from hessnb.curvature.krylov import Krylov, SymmetricOperator, product
+from hessnb.curvature.krylov import Krylov, KrylovState, SymmetricOperator, product
 from hessnb.errors import InputError, unknown
 
 
@@ -121,6 +122,19 @@ class SpectralDensity:
         return sigma
 
 
+@dataclass(frozen=True)
+class DensityState:
+    """Gauss rules under way: ``nodes`` and ``weights`` as in `SpectralDensity`, of those that are there.
+
+    ``counters`` (2,) are the number of these and all products so far, ``krylov`` is the basis of the next.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    counters: Tensor
+    krylov: KrylovState
+
+
 def spectral_density(
     H: SymmetricOperator,
     *,
@@ -128,15 +142,21 @@ def spectral_density(
     n_steps: int = 100,
     generator: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
+    state: DensityState | None = None,
+    save: Callable[[DensityState], None] | None = None,
+    save_seconds: float = 60.0,
 ) -> SpectralDensity:
     """Return the Gauss rules that ``n_steps`` products (at most n) give from each of ``n_probes`` random unit vectors.
 
     Probes are Gaussian vectors, normalised, drawn from ``generator`` (default: seed 0) on the CPU for any device; the
     first ones of a longer run are those of a shorter one. A probe whose Krylov space is exhausted stops there: its
     rule is exact. ``progress`` is called with the number of products done and of all that are still expected, which
-    are the same number in the last call. The Krylov basis takes 8 n_steps n bytes on the operator's device.
+    are the same number in the last call. The Krylov basis takes 8 n_steps n bytes on the operator's device. ``save`` is
+    called with the state every ``save_seconds``; given as ``state`` to a later call with the same arguments, it goes on
+    from there and ends in the same bits.
 
-    Raises InputError for n_probes or n_steps below 1, or a product that is not finite.
+    Raises InputError for n_probes or n_steps below 1, a state of another operator or of other rules, or a product that
+    is not finite.
     """
     if n_probes < 1:
         raise InputError(f"n_probes = {n_probes}: the density needs at least 1 probe, and 2 for an error bar")
@@ -146,15 +166,26 @@ def spectral_density(
     limit = min(n_steps, n)
     generator = generator or torch.Generator().manual_seed(0)
     nodes, weights = torch.zeros(2, n_probes, limit, dtype=torch.float64)
-    n_matvecs = 0
-    for i in range(n_probes):
-        krylov, grew = Krylov(H, generator), True
+    first = n_matvecs = 0
+    if state:
+        if state.nodes.shape != nodes.shape:
+            told = tuple(state.nodes.shape)
+            raise InputError(f"the saved state is of {told} probes and steps, these are {tuple(nodes.shape)}")
+        nodes, weights = state.nodes.clone(), state.weights.clone()
+        first, n_matvecs = state.counters.tolist()
+    saved = time.monotonic()
+    for i in range(first, n_probes):
+        krylov = Krylov.resume(H, generator, state.krylov) if state and i == first else Krylov(H, generator)
+        grew = True
         while grew and krylov.n_matvecs < limit:
             grew = krylov.expand(krylov.pending[-1])
             n_matvecs += 1
             if progress:
                 left = (limit - krylov.n_matvecs if grew else 0) + (n_probes - 1 - i) * limit
                 progress(n_matvecs, n_matvecs + left)
+            if save and grew and time.monotonic() - saved > save_seconds:
+                save(DensityState(nodes.clone(), weights.clone(), torch.tensor([i, n_matvecs]), krylov.state))
+                saved = time.monotonic()
         T = krylov.projection[: krylov.n_matvecs]
         theta, s = torch.linalg.eigh((T + T.T) / 2)
         # The padding is a node of the rule itself, so that no function is asked for its value outside the spectrum.

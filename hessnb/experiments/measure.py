@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hessnb import data, training
 from hessnb.curvature import (
+    DensityState,
     EigenResult,
     HessianOperator,
     KrylovState,
@@ -134,12 +135,25 @@ def _values(found: EigenResult, operator: HessianOperator) -> dict[str, object]:
 def _density(
     store: Store, spec: RunSpec, measure: Density, device: torch.device, report: Report, label: str
 ) -> dict[str, object]:
+    """Estimate a density, going on from what the store kept of an interrupted estimate."""
     operator = _operator(store, spec, measure, device)
 
     def progress(done: int, total: int) -> None:
-        report(label, done / total, "")
+        report(label, done / total, f"product {done} of {total}")
 
-    found = spectral_density(operator, n_probes=measure.probes, n_steps=measure.steps, progress=progress)
+    def save(state: DensityState) -> None:
+        rules = {"nodes": state.nodes, "weights": state.weights, "counters": state.counters}
+        store.save_partial(
+            spec, measure, rules | {f"krylov.{name}": t for name, t in _krylov_tensors(state.krylov).items()}
+        )
+
+    state = None
+    if kept := store.partial(spec, measure):
+        krylov = {name.removeprefix("krylov."): kept.pop(name) for name in list(kept) if name.startswith("krylov.")}
+        state = DensityState(**kept, krylov=KrylovState(**krylov))
+    found = spectral_density(
+        operator, n_probes=measure.probes, n_steps=measure.steps, progress=progress, state=state, save=save
+    )
     return {
         "nodes": found.nodes.tolist(),
         "weights": found.weights.tolist(),
@@ -295,6 +309,10 @@ def _attacked(
     return attack_function(attack)(trained_model(store, spec, device), images, labels)
 
 
+def _krylov_tensors(state: KrylovState) -> dict[str, Tensor]:
+    return {field.name: getattr(state, field.name) for field in fields(KrylovState)}
+
+
 def _lanczos(
     operator: HessianOperator, store: Store, spec: RunSpec, measure: Spectrum, report: Report, label: str
 ) -> EigenResult:
@@ -305,7 +323,7 @@ def _lanczos(
         report(label, share, str(told))
 
     def save(state: KrylovState) -> None:
-        store.save_partial(spec, measure, {field.name: getattr(state, field.name) for field in fields(KrylovState)})
+        store.save_partial(spec, measure, _krylov_tensors(state))
 
     kept = store.partial(spec, measure)
     state = KrylovState(**kept) if kept else None

@@ -25,8 +25,15 @@ from hessnb.together import is_faster_together, train_together
 from hessnb.training import State
 
 # Measures that go on from where they were interrupted, by kind, and the most seconds of work that an interruption costs
-# them: `lanczos` and `sharpness_along` keep their state once a minute, a landscape keeps each of its points.
-RESUMED = {"spectrum": 60.0, "sharpness": 60.0, "loss_line": 0.0, "loss_plane": 0.0, "interpolation": 0.0}
+# them: what iterates keeps its state once a minute, a landscape keeps each of its points.
+RESUMED = {
+    "spectrum": 60.0,
+    "density": 60.0,
+    "sharpness": 60.0,
+    "loss_line": 0.0,
+    "loss_plane": 0.0,
+    "interpolation": 0.0,
+}
 
 
 @dataclass(frozen=True)
