@@ -125,7 +125,7 @@ def test_record_of_the_papers_scale_has_differences_and_says_under_which_profile
     assert set(column(table.rows, 4)[-3:]) == {"–"}
     assert [origin.cells[3] for origin in table.origins] == ["unknown"]
     smaller = attacks.equal_size([live], [replace(own, papers_own=False)], name="tab-x", caption="a caption")
-    assert smaller.header[2:] == ("record (laptop, not the paper's scale)", "paper")
+    assert smaller.header[2:] == ("record (laptop, smaller)", "paper")
     found = outcome("table5")
     assert found.result is not None
     told = {m: replace(value, provenance=provenance) for m, value in found.measurements.items()}

@@ -451,7 +451,7 @@ def test_smaller_scale_steps_in_for_a_network_that_was_not_measured_and_says_so(
     write(tmp_path, "laptop", next(t for t in tasks_of("table1", "laptop") if t.spec.model.name == "C2"), 1)
     found = from_record("table1", folder=tmp_path)
     there = {o.task.spec.model.name: o for o in found if o.result}
-    assert (there["C1"].scale, there["C1"].papers_own) == ("laptop, not the paper's scale", False)
+    assert (there["C1"].scale, there["C1"].papers_own) == ("laptop, smaller", False)
     assert (there["C2"].scale, there["C2"].task.spec) == ("paper", c2.spec)
     assert [o.task.spec.recipe.batch_size for o in found if o.task.spec.model.name == "C1"] == [16, 64, 256, 1024]
     assert len([o for o in found if o.task.spec.model.name == "C2"]) == 4
@@ -509,7 +509,7 @@ def test_numbers_of_a_smaller_scale_get_no_difference() -> None:
     columns = [i for i, title in enumerate(table.header) if title == "difference"]
     assert len(columns) == 3
     assert {row[i] for row in table.rows for i in columns} == {"–"}
-    assert {row[-1] for row in table.rows} == {"laptop, not the paper's scale"}
+    assert {row[-1] for row in table.rows} == {"laptop, smaller"}
     outcomes = [Outcome(o.task, o.result, o.measurements) for o in smaller]
     live = large_batch.robustness("table7", outcomes, name="tab-y", caption="a caption")
     assert "difference" not in live.header
@@ -582,7 +582,7 @@ def test_claims_measured_on_a_smaller_scale_say_so() -> None:
     ours = claims.examine(BY_ID["lambda1-train"], only("table7", numbers.measured(smaller)))
     assert ours.verdict is Verdict.HOLDS
     text = scoreboard.of_question([claims.Assessment(BY_ID["lambda1-train"], on_paper("lambda1-train"), ours)])
-    assert "✓ holds (laptop, not the paper's scale)" in text
+    assert "✓ holds (laptop, smaller)" in text
     assert "Of the 1 claims on this question, 1 holds." in text
 
 

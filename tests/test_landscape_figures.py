@@ -152,7 +152,7 @@ def test_recorded_panels_and_rows_of_a_smaller_scale_say_so(lines: list[Outcome]
     titles = [axis.get_title() for axis in drawn.loss_lines([first, second]).axes]
     assert titles == [f"B = {sizes[0]}", f"B = {sizes[1]} (laptop)"]
     table = landscapes.curvatures([first, second], name="tab-x", caption="x")
-    assert column(table, "Profile") == ["laptop", "laptop, not the paper's scale"]
+    assert column(table, "Profile") == ["laptop", "laptop, smaller"]
     assert "Profile" not in landscapes.curvatures(lines, name="tab-x", caption="x").header
 
 

@@ -31,8 +31,8 @@ class Recorded(Outcome):
 
     @property
     def scale(self) -> str | None:
-        """The profile in words that say where it is not the paper's scale."""
-        return self.profile if self.papers_own or not self.profile else f"{self.profile}, not the paper's scale"
+        """The profile, in words that say where its scale is smaller than the paper's."""
+        return self.profile if self.papers_own or not self.profile else f"{self.profile}, smaller"
 
     @property
     def folder(self) -> str:
