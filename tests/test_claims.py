@@ -453,7 +453,7 @@ def test_smaller_scale_steps_in_for_a_network_that_was_not_measured_and_says_so(
     there = {o.task.spec.model.name: o for o in found if o.result}
     assert (there["C1"].scale, there["C1"].papers_own) == ("laptop, smaller", False)
     assert (there["C2"].scale, there["C2"].task.spec) == ("paper", c2.spec)
-    assert [o.task.spec.recipe.batch_size for o in found if o.task.spec.model.name == "C1"] == [16, 64, 256, 1024]
+    assert [o.task.spec.recipe.batch_size for o in found if o.task.spec.model.name == "C1"] == [64, 128, 256, 512, 1024]
     assert len([o for o in found if o.task.spec.model.name == "C2"]) == 4
     assert {o.task.spec.model.name for o in from_record("table1", network="C2", folder=tmp_path)} == {"C2"}
 
