@@ -101,7 +101,7 @@ def test_smaller_profile_lists_what_differs_from_the_papers_alone(tmp_path: Path
     folder = record_of(tmp_path, [first_of("table1", 0, 1, "laptop")], "laptop")
     text = missing_lists(folder, "laptop")
     assert "Measured: 1 of 136 cells, seed 0." in entry(text, "table1")
-    assert "**C1-cifar10-b16**" in entry(text, "table1")
+    assert "**C1-cifar10-b64**" in entry(text, "table1")
     assert "`table7`" not in text
     assert row(state_table(folder), "table1")[2:] == [NOT_MEASURED, "1 of 136 cells, seed 0"]
 
