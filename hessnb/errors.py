@@ -6,7 +6,7 @@ class InputError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A computation was carried out and did not succeed (a training diverged, a notebook raised); exits with 1."""
+    """A computation was carried out and did not succeed (a training failed, a notebook raised); exits with 1."""
 
 
 def unknown(kind: str, name: object, known: list[str]) -> InputError:

@@ -253,12 +253,13 @@ def test_spread_has_means_over_seeds_and_the_ratio_of_extremes(store: Store) -> 
     assert table.rows[0][3] == mean_and_spread(accuracy(small, "test"), "{:.2f}")
 
 
-def test_sweep_tells_a_training_that_diverged(store: Store) -> None:
+@pytest.mark.parametrize("how", ["diverged", "collapsed"])
+def test_sweep_tells_how_a_training_failed(store: Store, how: str) -> None:
     live = computed(store, "silent_lr")
     result = live[1].result
     assert result is not None
     epoch = Epoch(1, 0.05, float("nan"), 0.1, float("nan"), 0.1, 1.0)
-    failed = RunResult(result.spec, "failed", "diverged", [epoch], {})
+    failed = RunResult(result.spec, "failed", f"training {how}: loss 2.303 after epoch 9; lower it", [epoch], {})
     table = beyond.sweep(
         [live[0], Outcome(live[1].task, failed, {})],
         [],
@@ -269,7 +270,7 @@ def test_sweep_tells_a_training_that_diverged(store: Store) -> None:
     )
     assert table.rows[0][0] == "0.025"
     assert table.rows[0][5] == f"{live[0].eigenvalues('train')[0]:.3g}"
-    assert table.rows[1] == ("0.05", "20", "live", "diverged", "–", "–", "–")
+    assert table.rows[1] == ("0.05", "20", "live", how, "–", "–", "–")
     assert table.rows[2][0] == NOT_MEASURED
     variants = beyond.sweep(
         computed(store, "silent_input"), [], beyond.variant, "Inputs", name="tab-x", caption="a caption"

@@ -196,7 +196,7 @@ def carry_out(
     After ``budget`` seconds it has returned: it starts no epoch and no measure that, by its estimate, would not end in
     time, and stops trainings between epochs and eigen-solves between saves. Should an estimate be wrong, or missing, an
     alarm stops what is under way, and the seconds it had are remembered. What is then left is known by `rest`, and a
-    later call goes on from there. A training that diverges is kept as failed, and what does not need it goes on. What
+    later call goes on from there. A training that fails is kept as failed, and what does not need it goes on. What
     another process is at work on is put off to the end, so that two can share the work.
 
     Raises InputError for data, a device or a store that cannot be used.

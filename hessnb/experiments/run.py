@@ -94,7 +94,7 @@ def compute(
     """Compute what is missing of each task, in order, and return all outcomes.
 
     A network that another process is at work on is left for last, so that two that need the same share the work. A
-    training that diverges is kept as failed and the next task goes on. Raises InputError for data, a device or a store
+    training that fails is kept as failed and the next task goes on. Raises InputError for data, a device or a store
     that cannot be used.
     """
     where = data.check_device(device)
@@ -127,7 +127,7 @@ def results(
 ) -> list[Outcome]:
     """Return what an artefact shows, computing what the store lacks: the one call that a notebook makes.
 
-    Raises InputError for an unknown name, and RunFailed when a training diverged.
+    Raises InputError for an unknown name, and RunFailed when a training failed.
     """
     tasks = artefact(name).tasks(load_profile(profile), seeds)
     outcomes = compute(Store(store), tasks, device=device)

@@ -48,7 +48,7 @@ def live_and_recorded(
 
     See `hessnb.paper.recorded.from_record` for the record.
 
-    Raises InputError for an unknown name, and RunFailed when a training diverged.
+    Raises InputError for an unknown name, and RunFailed when a training failed.
     """
     tasks = [t for t in artefact(name).tasks(load_profile(profile), seeds) if t.spec.model.name == network]
     live = compute(Store(store), tasks, device=device)

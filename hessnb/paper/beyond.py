@@ -43,7 +43,7 @@ def live_and_recorded(
 ) -> tuple[list[Outcome], list[Outcome]]:
     """Return what an artefact shows, computing what the store lacks, and what the record holds of it.
 
-    A training that diverged is among the outcomes: in a sweep that is a result. Raises InputError for an unknown name.
+    A training that failed is among the outcomes: in a sweep that is a result. Raises InputError for an unknown name.
     """
     live = compute(Store(store), artefact(name).tasks(load_profile(profile), seeds), device=device)
     return live, [outcome for outcome in from_record(name) if outcome.result]
@@ -254,7 +254,7 @@ def sweep(
 ) -> Table:
     """Return epochs, accuracies (%) and the largest eigenvalue for each ``choice``, live and recorded.
 
-    ``choice`` gives a run's value of what is swept, ``title`` its column. A training that diverged says so.
+    ``choice`` gives a run's value of what is swept, ``title`` its column. A training that failed says how.
     """
     eps = _middle(live)
     rows: list[tuple[str, ...]] = []
@@ -263,12 +263,18 @@ def sweep(
         for batch_size, chosen in keys:
             runs = [o for o in outcomes if (o.task.spec.recipe.batch_size, choice(o.task.spec)) == (batch_size, chosen)]
             epochs = [len(o.result.history) for o in runs if o.result and o.result.status == "done"]
-            told = mean_and_spread(epochs, "{:.0f}") if epochs else "diverged"
+            told = mean_and_spread(epochs, "{:.0f}") if epochs else _failures(runs)
             rows.append((chosen, str(batch_size), source, told, *_compared(runs, eps)))
     if not record:
         rows.append((NOT_MEASURED, "–", "record", *["–"] * 4))
     header = (title, "Batch", "Run", "Epochs", "Test accuracy %", "λ₁", f"FGSM, {eps:g}")
     return Table(name, caption, header, tuple(rows), origins(record))
+
+
+def _failures(runs: Sequence[Outcome]) -> str:
+    """Return how trainings failed: "diverged", "collapsed"."""
+    reasons = [o.result.reason.partition(":")[0] for o in runs if o.result and o.result.status == "failed"]
+    return ", ".join(dict.fromkeys(reason.removeprefix("training ") for reason in reasons)) or NOT_MEASURED
 
 
 def learning_rate(spec: RunSpec) -> str:

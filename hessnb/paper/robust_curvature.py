@@ -66,7 +66,7 @@ def results_with_control(
 ) -> list[Outcome]:
     """Return what an artefact of original and robust networks shows, and the same of a control for each original.
 
-    Computes what the store lacks. Raises InputError for an unknown name, and RunFailed when a training diverged.
+    Computes what the store lacks. Raises InputError for an unknown name, and RunFailed when a training failed.
     """
     outcomes = results(name, profile=profile, seeds=seeds, device=device, store=store)
     recipes = {o.task.spec.parent: o.task.spec for o in outcomes if o.task.spec.parent}
