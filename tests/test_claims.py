@@ -506,10 +506,13 @@ def test_run_is_a_link_to_its_record_where_the_repository_is_known() -> None:
 def test_numbers_of_a_smaller_scale_get_no_difference() -> None:
     smaller = [Recorded(o.task, o.result, o.measurements, "laptop", papers_own=False) for o in invented("table7")]
     table = large_batch.robustness("table7", smaller, name="tab-x", caption="a caption")
+    assert "difference" not in table.header
+    assert {row[-1] for row in table.rows} == {"laptop, smaller"}
+    mixed = [replace(o, papers_own=o.task.spec.recipe.batch_size == 64) for o in smaller]
+    table = large_batch.robustness("table7", mixed, name="tab-x", caption="a caption")
     columns = [i for i, title in enumerate(table.header) if title == "difference"]
     assert len(columns) == 3
-    assert {row[i] for row in table.rows for i in columns} == {"–"}
-    assert {row[-1] for row in table.rows} == {"laptop, smaller"}
+    assert {(row[0] == "64", row[i] == "–") for row in table.rows for i in columns} == {(True, False), (False, True)}
     outcomes = [Outcome(o.task, o.result, o.measurements) for o in smaller]
     live = large_batch.robustness("table7", outcomes, name="tab-y", caption="a caption")
     assert "difference" not in live.header

@@ -286,6 +286,8 @@ def test_spread_is_the_sample_standard_deviation() -> None:
     assert mean_and_spread([1.0, 2.0, 3.0], "{:.1f}") == "2.0 ± 1.0"
     assert mean_and_spread([1.25], "{:.2f}") == "1.25"
     assert mean_and_spread([], "{:.2f}") == NOT_MEASURED
+    assert mean_and_spread([5834.0], "{:.3g}") == "5,830"
+    assert mean_and_spread([1e6, 3e6], "{:.3g}") == "2e+06 ± 1.41e+06"
 
 
 # Several seeds together

@@ -177,6 +177,7 @@ def _table(
         groups[(outcome.task.spec.model.name, outcome.task.spec.recipe.batch_size)].append(outcome)
     several = len({network for network, _ in groups}) > 1
     from_record = any(isinstance(o, Recorded) for o in outcomes)
+    compared = from_record and any(papers_own(group) for group in groups.values())
     rows = []
     for key in sorted(groups):
         cells = [*(key[:1] if several else ()), str(key[1])]
@@ -185,7 +186,7 @@ def _table(
             cells.append(_both(ours, form))
             if field:
                 cells.append(_published(paper, key, field))
-                if from_record:
+                if compared:
                     cells.append(_difference(ours, paper, key, field) if papers_own(groups[key]) else "–")
         if epochs:
             lengths = [float(len(o.result.history)) for o in groups[key] if o.result]
@@ -196,7 +197,7 @@ def _table(
         title
         for column in columns
         for title in (
-            (f"{column[0]}, ours", "paper", *(("difference",) if from_record else ())) if column[2] else (column[0],)
+            (f"{column[0]}, ours", "paper", *(("difference",) if compared else ())) if column[2] else (column[0],)
         )
     ]
     header = (*(("Network",) if several else ()), "Batch", *titles, *(("Epochs",) if epochs else ()), "Seeds")

@@ -91,8 +91,14 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
     if not values:
         return NOT_MEASURED
     if len(values) == 1:
-        return form.format(values[0])
-    return f"{form.format(statistics.mean(values))} ± {form.format(statistics.stdev(values))}"
+        return _shown(values[0], form)
+    return f"{_shown(statistics.mean(values), form)} ± {_shown(statistics.stdev(values), form)}"
+
+
+def _shown(value: float, form: str) -> str:
+    """Return a number in a form; a large one written out: 5,830 for 5.83e+03."""
+    text = form.format(value)
+    return f"{float(text):,.0f}" if "e+" in text and abs(value) < 1e6 else text
 
 
 def table6() -> Table:
