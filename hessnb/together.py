@@ -114,7 +114,7 @@ class Stacked:
         self.optimizer = torch.optim.SGD(self.parameters.values(), lr=recipe.lr, momentum=recipe.momentum)
         if recipe.momentum:
             for place, parameter in enumerate(self.parameters.values()):
-                each = [m[place] if m else torch.zeros_like(parameter[i]) for i, m in enumerate(momenta)]
+                each = [m[place].to(parameter) if m else torch.zeros_like(parameter[i]) for i, m in enumerate(momenta)]
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.stack(each)
 
     def momentum(self, place: int) -> list[Tensor]:

@@ -173,7 +173,7 @@ def train(
     if state.model:
         model.load_state_dict(state.model)
         for parameter, buffer in zip(model.parameters(), state.momentum, strict=False):
-            optimizer.state[parameter]["momentum_buffer"] = buffer.clone()
+            optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, copy=True)
     model.train()
     step = minibatch_step(model, train_set, optimizer, perturbation)
     steps = Steps(step, optimizer, list(model.buffers()), capture=perturbation is None)

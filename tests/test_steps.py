@@ -122,6 +122,21 @@ def test_on_cuda_networks_together_are_those_of_the_cpu(data: Splits) -> None:
 
 
 @needs_cuda
+@pytest.mark.parametrize("together", [False, True])
+def test_on_cuda_a_training_goes_on_from_a_state_on_the_cpu(data: Splits, together: bool) -> None:
+    recipe = replace(RECIPE, decay_every=None, decay_factor=None)
+    expected = train(network(), data, recipe)
+    state = train(network(), data, replace(recipe, max_epochs=2))
+    model = network().to("cuda")
+    if together:
+        train_together([model], on("cuda", data), [recipe], states=[state])
+    else:
+        train(model, on("cuda", data), recipe, state=state)
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor.cpu(), expected.model[name], rtol=1e-7, atol=1e-10), name
+
+
+@needs_cuda
 def test_on_cuda_a_step_does_nothing_on_the_host(data: Splits) -> None:
     there, model = on("cuda", data).train, network().to("cuda")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
