@@ -35,7 +35,7 @@ def minibatch_step(
         images, labels = data.images[index], data.labels[index]
         if perturbation is not None:
             images = perturbation(model, images, labels)
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # of what the perturbation, or somebody before, left behind
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()

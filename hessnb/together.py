@@ -63,7 +63,7 @@ def train_together(
             models[i].load_state_dict(state.model)
     while under_way:
         for i, state in under_way.items():
-            if is_finished(state.history, recipes[i]):
+            if i not in ended and is_finished(state.history, recipes[i]):
                 ended[i] = state
         under_way = {i: state for i, state in under_way.items() if i not in ended}
         if under_way:

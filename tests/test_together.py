@@ -105,6 +105,14 @@ def test_a_training_that_fails_does_not_hinder_the_others(digits: Splits) -> Non
         assert_same_training(found[i], train(networks("M1")[i], data, recipes()[i]))
 
 
+def test_a_training_that_fails_in_its_last_epoch_has_failed(digits: Splits) -> None:
+    data, models = doubles(digits, 1), networks("M1")
+    with torch.no_grad():
+        next(models[1].parameters()).fill_(torch.nan)
+    found = train_together(models, data, recipes(max_epochs=1))
+    assert [type(ended) for ended in found] == [State, Diverged, State]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
