@@ -260,6 +260,19 @@ def test_export_and_import_on_the_command_line(full: Store, tmp_path: Path) -> N
         assert "15MB" in shown.stderr
 
 
+@pytest.mark.parametrize("flip", [0x01, 0x0C, 0x80, 0xFF])
+def test_any_flipped_byte_is_an_error_that_is_told(tmp_path: Path, flip: int) -> None:
+    path, store = tmp_path / "a.zip", Store(tmp_path / "store")
+    with zipfile.ZipFile(path, "w") as opened:  # not sealed, so that it is refused even where the flip does no harm
+        opened.writestr("manifest.json", b"{}" * 9, compress_type=zipfile.ZIP_DEFLATED)
+        opened.writestr("run/weights.safetensors", bytes(100))
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1 :])
+        with pytest.raises(InputError, match=r"a\.zip"):
+            archive.import_(store, [path])
+
+
 def test_damaged_result_is_not_exported(full: Store, tmp_path: Path) -> None:
     store = copy_of(full, tmp_path / "store")
     next(store.root.rglob("weights.safetensors")).write_bytes(b"")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import tempfile
 import zipfile
 import zlib
@@ -37,6 +38,10 @@ WEIGHTS = "weights.safetensors"
 # Bytes that a member takes beside its content and twice its name: its two zip headers and its line of the manifest.
 _OVERHEAD = 400
 _SMALLEST = 10_000
+
+# What zipfile raises for damaged bytes: a flipped one may ask for a compression, a version or a password that it lacks
+# (RuntimeError and its NotImplementedError), or point before the beginning of the file (ValueError).
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ def _opened(path: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except zipfile.BadZipFile as error:
+    except _DAMAGE as error:
         raise InputError(f"{path} is damaged or no archive of hessnb ({error}); copy or export it again") from error
 
 
@@ -224,8 +229,7 @@ def _verified(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, bytes
     try:
         for name in archive.namelist():
             contents[name] = archive.read(name)
-    # All that zipfile raises for damaged bytes: a flipped one may ask for a compression or a password that it lacks.
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (*_DAMAGE, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); copy or export it again") from error
     if MANIFEST not in contents:
         raise InputError(f"{path} is no archive of hessnb: it has no {MANIFEST}")
