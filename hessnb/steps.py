@@ -6,6 +6,7 @@ A replay is one launch instead of hundreds, which is what a step on a small mini
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -117,3 +118,10 @@ def captured(
         graph.replay()
 
     return replay
+
+
+def time_when_done(device: torch.device) -> float:
+    """Return the time, in seconds of ``time.perf_counter``, at which all that was begun on a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

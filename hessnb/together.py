@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError
-from hessnb.steps import Step, Steps, minibatch_step, momentum_of
+from hessnb.steps import Step, Steps, minibatch_step, momentum_of, time_when_done
 from hessnb.training import (
     Recipe,
     State,
@@ -87,7 +87,7 @@ def _until_one_ends(
         started = time.perf_counter()
         orders = [epoch_order(data.train, recipes[i], under_way[i].epoch) for i in numbers]
         steps.epoch(torch.stack(orders), recipe.batch_size, recipe.lr)
-        seconds = (time.perf_counter() - started) / len(numbers)
+        seconds = (time_when_done(data.train.labels.device) - started) / len(numbers)
         for place, i in enumerate(numbers):
             begun = time.perf_counter() - seconds  # its share of the steps, and all of its evaluation
             state = after_epoch(models[i], data, under_way[i], recipe.lr, stacked.momentum(place), begun)
@@ -149,18 +149,16 @@ def _behind(models: Sequence[nn.Module], name: str) -> Tensor:
 def is_faster_together(models: Sequence[nn.Module], data: Split, recipe: Recipe) -> bool:
     """Return whether steps of these networks take less time together than one after the other; changes none of them.
 
-    Timed here and now, on the CUDA device where models and data are.
+    Timed here and now, on the device where models and data are.
     """
     count = min(_TIMED_STEPS, len(data) // recipe.batch_size)
     order = torch.arange(count * recipe.batch_size)
 
     def seconds(steps: Steps, order: Tensor) -> float:
         steps.epoch(order, recipe.batch_size, recipe.lr)
-        torch.cuda.synchronize(data.labels.device)
-        started = time.perf_counter()
+        started = time_when_done(data.labels.device)
         steps.epoch(order, recipe.batch_size, recipe.lr)
-        torch.cuda.synchronize(data.labels.device)
-        return time.perf_counter() - started
+        return time_when_done(data.labels.device) - started
 
     alone = copy.deepcopy(models[0]).train()
     optimizer = torch.optim.SGD(alone.parameters(), lr=recipe.lr, momentum=recipe.momentum)

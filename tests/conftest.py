@@ -13,7 +13,7 @@ import torch
 from built import browser, html, site, visit  # noqa: F401 (the fixtures of tests/browser)
 from torch import nn
 
-from hessnb.data import Splits, data_root, load, where
+from hessnb.data import Split, Splits, data_root, load, where
 from hessnb.models import build
 
 
@@ -39,6 +39,18 @@ def published() -> Callable[[str], Splits]:
 def digits() -> Splits:
     """Return 300 training and 100 test digits of mnist5k; the tests must not write to them."""
     return load("mnist5k", n_train=300, n_test=100)
+
+
+@pytest.fixture(scope="session")
+def in_float64() -> Callable[[str], Splits]:
+    """Return a function that loads 70 training and 30 test images of a set in float64: batches of 16 leave one of 6."""
+
+    def loaded(name: str) -> Splits:
+        data = load(name, n_train=70, n_test=30)
+        train, test = (Split(split.images.double(), split.labels) for split in (data.train, data.test))
+        return Splits(train, test, data.classes)
+
+    return loaded
 
 
 @pytest.fixture

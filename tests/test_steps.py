@@ -21,14 +21,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 
 @pytest.fixture
-def data(digits: Splits) -> Splits:
-    """Return 70 training and 30 test digits in three colours: a batch of 16 leaves a ragged last one of 6."""
-
-    def coloured(split: Split, n: int) -> Split:
-        images = torch.nn.functional.pad(split.images[:n], (2, 2, 2, 2)).repeat(1, 3, 1, 1)
-        return Split(images.double(), split.labels[:n])
-
-    return Splits(coloured(digits.train, 70), coloured(digits.test, 30), digits.classes)
+def data(in_float64: Callable[[str], Splits]) -> Splits:
+    return in_float64("mnistm5k")
 
 
 def network() -> nn.Module:
@@ -94,12 +88,14 @@ def test_a_captured_step_is_of_whole_minibatches_and_a_perturbed_one_never_captu
 
 
 @needs_cuda
-@pytest.mark.parametrize("make", [network, lambda: build("M1", width=0.3, seed=0).double()])
-def test_on_cuda_captured_steps_are_those_of_the_cpu(data: Splits, make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("name", ["M1", "C1"])
+def test_on_cuda_captured_steps_are_those_of_the_cpu(in_float64: Callable[[str], Splits], name: str) -> None:
+    data = in_float64("mnist5k" if name == "M1" else "mnistm5k")
+
+    def make() -> nn.Module:
+        return build(name, width=0.1, seed=0).double()
+
     model = make()
-    if next(iter(model.state_dict().values())).shape[1] == 1:
-        grey = [Split(split.images[:, :1, 2:-2, 2:-2], split.labels) for split in (data.train, data.test)]
-        data = Splits(grey[0], grey[1], data.classes)
     expected = train(make(), data, RECIPE)
     found = train(model.to("cuda"), on("cuda", data), RECIPE)
     for ours, theirs in zip(found.history, expected.history, strict=True):

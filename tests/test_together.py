@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hessnb.data import Split, Splits
+from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.models import build
 from hessnb.together import train_together
@@ -17,18 +17,6 @@ from hessnb.training import Diverged, Recipe, State, TrainingFailed, train
 
 RECIPE = Recipe(batch_size=16, lr=0.05, momentum=0.9, max_epochs=4, seed=0)
 SEEDS = (3, 1, 4)
-
-
-def doubles(data: Splits, colours: int) -> Splits:
-    """Return 70 training and 30 test images in float64, with three colours of 32 x 32 pixels if so wished."""
-
-    def some(split: Split, n: int) -> Split:
-        images = split.images[:n].double()
-        if colours == 3:
-            images = torch.nn.functional.pad(images, (2, 2, 2, 2)).repeat(1, 3, 1, 1)
-        return Split(images, split.labels[:n])
-
-    return Splits(some(data.train, 70), some(data.test, 30), data.classes)
 
 
 def networks(name: str) -> list[nn.Module]:
@@ -56,8 +44,10 @@ def assert_same_training(found: State | TrainingFailed, expected: State) -> None
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("name", ["M1", "C1", "C2", "C3", "CR"])
-def test_each_network_is_trained_as_it_would_be_alone(digits: Splits, name: str, momentum: float) -> None:
-    data, ours, alone = doubles(digits, 1 if name == "M1" else 3), networks(name), networks(name)
+def test_each_network_is_trained_as_it_would_be_alone(
+    in_float64: Callable[[str], Splits], name: str, momentum: float
+) -> None:
+    data, ours, alone = in_float64("mnist5k" if name == "M1" else "mnistm5k"), networks(name), networks(name)
     chosen = recipes(momentum=momentum, max_epochs=2, lr=0.01)
     states = train_together(ours, data, chosen)
     for found, model, other, recipe in zip(states, ours, alone, chosen, strict=True):
@@ -66,8 +56,8 @@ def test_each_network_is_trained_as_it_would_be_alone(digits: Splits, name: str,
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), found.model.values(), strict=True))
 
 
-def test_a_network_that_reaches_its_target_leaves_the_others(digits: Splits) -> None:
-    data = doubles(digits, 1)
+def test_a_network_that_reaches_its_target_leaves_the_others(in_float64: Callable[[str], Splits]) -> None:
+    data = in_float64("mnist5k")
     pairs = zip(networks("M1"), recipes(), strict=True)
     losses = [[line.train_loss for line in train(m, data, r).history] for m, r in pairs]
     first = [each[1] for each in losses]
@@ -79,8 +69,8 @@ def test_a_network_that_reaches_its_target_leaves_the_others(digits: Splits) -> 
         assert_same_training(found, alone)
 
 
-def test_trainings_go_on_together_from_different_epochs(digits: Splits) -> None:
-    data, models = doubles(digits, 1), networks("M1")
+def test_trainings_go_on_together_from_different_epochs(in_float64: Callable[[str], Splits]) -> None:
+    data, models = in_float64("mnist5k"), networks("M1")
     states = [
         train(model, data, replace(recipe, max_epochs=epochs)) if epochs else State()
         for model, recipe, epochs in zip(models, recipes(), (0, 3, 1), strict=True)
@@ -94,8 +84,8 @@ def test_trainings_go_on_together_from_different_epochs(digits: Splits) -> None:
     assert seen == [(0, 1), (1, 4), (2, 2), (0, 2), (2, 3), (0, 3), (2, 4), (0, 4)]
 
 
-def test_a_training_that_fails_does_not_hinder_the_others(digits: Splits) -> None:
-    data, models = doubles(digits, 1), networks("M1")
+def test_a_training_that_fails_does_not_hinder_the_others(in_float64: Callable[[str], Splits]) -> None:
+    data, models = in_float64("mnist5k"), networks("M1")
     with torch.no_grad():
         next(models[1].parameters()).fill_(torch.nan)
     found = train_together(models, data, recipes())
@@ -105,8 +95,8 @@ def test_a_training_that_fails_does_not_hinder_the_others(digits: Splits) -> Non
         assert_same_training(found[i], train(networks("M1")[i], data, recipes()[i]))
 
 
-def test_a_training_that_fails_in_its_last_epoch_has_failed(digits: Splits) -> None:
-    data, models = doubles(digits, 1), networks("M1")
+def test_a_training_that_fails_in_its_last_epoch_has_failed(in_float64: Callable[[str], Splits]) -> None:
+    data, models = in_float64("mnist5k"), networks("M1")
     with torch.no_grad():
         next(models[1].parameters()).fill_(torch.nan)
     found = train_together(models, data, recipes(max_epochs=1))
@@ -129,10 +119,10 @@ def test_a_training_that_fails_in_its_last_epoch_has_failed(digits: Splits) -> N
     ],
 )
 def test_what_cannot_be_trained_together_is_refused(
-    digits: Splits,
+    in_float64: Callable[[str], Splits],
     change: Callable[[list[nn.Module], list[Recipe]], tuple[list[nn.Module], list[Recipe]]],
     message: str,
 ) -> None:
     models, chosen = change(networks("M1"), recipes())
     with pytest.raises(InputError, match=message):
-        train_together(models, doubles(digits, 1), chosen)
+        train_together(models, in_float64("mnist5k"), chosen)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ from hessnb import data
 from hessnb.data import Split, _torchvision_class
 from hessnb.experiments.provenance import device_name
 from hessnb.models import build
-from hessnb.steps import Steps, minibatch_step
+from hessnb.steps import Steps, minibatch_step, time_when_done
 from hessnb.together import Stacked
 from hessnb.training import Recipe
 
@@ -62,19 +61,12 @@ def network(chosen: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimize
     return model, torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
 
 
-def synchronized(device: str) -> float:
-    """Return the time when all that was begun on a device is done."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def seconds(chosen: argparse.Namespace, steps: Steps, order: torch.Tensor) -> float:
     """Return the seconds of steps in an order of samples, after one that captures the step."""
     steps.epoch(order[..., : chosen.batch_size], chosen.batch_size, LR)
-    started = synchronized(chosen.device)
+    started = time_when_done(torch.device(chosen.device))
     steps.epoch(order, chosen.batch_size, LR)
-    return synchronized(chosen.device) - started
+    return time_when_done(torch.device(chosen.device)) - started
 
 
 def ours(split: Split, chosen: argparse.Namespace) -> float:
@@ -102,7 +94,7 @@ def usual(dataset: Pictures, chosen: argparse.Namespace, workers: int) -> float:
     )
     batches, samples = iter(loader), 0
     next(batches)
-    started = synchronized(chosen.device)
+    started = time_when_done(torch.device(chosen.device))
     for _, (images, labels) in zip(range(chosen.steps), batches, strict=False):
         images, labels = images.to(chosen.device, non_blocking=True), labels.to(chosen.device, non_blocking=True)
         loss = F.cross_entropy(model(images), labels)
@@ -110,7 +102,7 @@ def usual(dataset: Pictures, chosen: argparse.Namespace, workers: int) -> float:
         loss.backward()
         optimizer.step()
         samples += len(labels)
-    return samples / (synchronized(chosen.device) - started)
+    return samples / (time_when_done(torch.device(chosen.device)) - started)
 
 
 def main() -> None:
