@@ -88,10 +88,6 @@ class Tested:
         """Where the numbers of its judged parts come from."""
         return list(dict.fromkeys(part.profile for part, _ in self.parts if part.interval))
 
-    def count(self, verdict: Verdict) -> int:
-        """How many parts have this verdict."""
-        return sum(found is verdict for _, found in self.parts)
-
 
 @dataclass(frozen=True)
 class Assessment:

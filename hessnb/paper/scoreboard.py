@@ -17,7 +17,23 @@ QUESTIONS: dict[Question, str] = {
     "Q3": "Adversarial training, and the Hessian in the input",
 }
 
-_MARKS = {Verdict.HOLDS: "✓", Verdict.IN_PART: "◐", Verdict.FAILS: "✗", Verdict.OPEN: "·"}
+_MARKS = {
+    Verdict.HOLDS: "✓",
+    Verdict.IN_PART: "◐",
+    Verdict.FAILS: "✗",
+    Verdict.UNDECIDED: "?",
+    Verdict.MISSING: "·",
+}
+
+# What is said of one and of several.
+_WORDS = {
+    Verdict.HOLDS: ("holds", "hold"),
+    Verdict.IN_PART: ("holds in part", "hold in part"),
+    Verdict.FAILS: ("does not hold", "do not hold"),
+    Verdict.UNDECIDED: ("is not decided", "are not decided"),
+}
+_NOT_MEASURED = ("is not measured yet", "are not measured yet")
+_NO_NUMBERS = ("lacks numbers", "lack numbers")
 
 
 def generated(record: Path, chapters: Collection[str]) -> dict[str, str]:
@@ -53,23 +69,21 @@ def of_question(assessed: Sequence[Assessment]) -> str:
     table = _plain(("Claim", "Measured here", "In the paper's numbers"), rows)
     ours, papers = ([(a.claim.title, getattr(a, who).verdict) for a in assessed] for who in ("ours", "papers"))
     return (
-        f"**Found so far.** Of the {len(assessed)} claims on this question, {_in_words(ours, 'measured yet')}. "
-        f"In the numbers that the paper itself prints, {_in_words(papers, 'decided')}.\n\n{table}"
+        f"**Found so far.** Of the {len(assessed)} claims on this question, {_in_words(ours, _NOT_MEASURED)}. "
+        f"In the numbers that the paper itself prints, {_in_words(papers, _NO_NUMBERS)}.\n\n{table}"
     )
 
 
-def _in_words(found: Sequence[tuple[str, Verdict]], settled: str) -> str:
-    """Return the counts in words, naming the claims that do not hold; ``settled`` is what open ones are not."""
-    words = {
-        Verdict.HOLDS: ("holds", "hold"),
-        Verdict.IN_PART: ("holds in part", "hold in part"),
-        Verdict.FAILS: ("does not hold", "do not hold"),
-        Verdict.OPEN: (f"is not {settled}", f"are not {settled}"),
-    }
+def _in_words(found: Sequence[tuple[str, Verdict]], missing: tuple[str, str]) -> str:
+    """Return the counts in words; what does not hold is named, if it has a title.
+
+    ``missing`` is said of what has no numbers.
+    """
     told = []
-    for verdict, (one, many) in words.items():
+    for verdict, (one, many) in (_WORDS | {Verdict.MISSING: missing}).items():
         titles = [title for title, v in found if v is verdict]
-        named = f" (*{'*, *'.join(titles)}*)" if titles and verdict is Verdict.FAILS else ""
+        names = ", ".join(f"*{title}*" for title in titles if title and verdict is Verdict.FAILS)
+        named = f" ({names})" if names else ""
         told += [f"{len(titles)} {one if len(titles) == 1 else many}{named}"] if titles else []
     return " and ".join([", ".join(told[:-1]), told[-1]] if len(told) > 1 else told)
 
@@ -115,12 +129,12 @@ def _claim(a: Assessment, chapters: Collection[str]) -> str:
 
 
 def missing(tested: Tested) -> str:
-    """Return what keeps the open parts of a claim open, and of which networks; empty when none is."""
+    """Return what keeps parts of a claim without a verdict, and of which networks; empty when all have one."""
     if not tested.parts:
         return "everything: the record holds none of these numbers."
     told: dict[str, dict[str, None]] = {}
     for part, found in tested.parts:
-        if found is Verdict.OPEN:
+        if found in (Verdict.UNDECIDED, Verdict.MISSING):
             reason = part.lacks or "measured, but the interval leaves it open"
             told.setdefault(reason, {})[part.network] = None
     return "; ".join(f"{', '.join(networks)}: {reason}" for reason, networks in told.items()) + ("." if told else "")
@@ -143,7 +157,7 @@ def _interval(part: Part) -> str:
 
 
 def _part_verdict(part: Part, found: Verdict) -> str:
-    return ("open" if part.interval else "too few") if found is Verdict.OPEN else f"{_MARKS[found]} {found}"
+    return "too few" if found is Verdict.MISSING else _shown(found)
 
 
 def _shown(verdict: Verdict) -> str:
@@ -152,20 +166,19 @@ def _shown(verdict: Verdict) -> str:
 
 def _papers_verdict(tested: Tested) -> str:
     """Return the verdict on the paper's numbers, of which there may be none, or too few."""
-    if tested.verdict is not Verdict.OPEN:
+    if tested.verdict is not Verdict.MISSING:
         return _shown(tested.verdict)
-    return f"{_MARKS[Verdict.OPEN]} {'too few to tell' if tested.parts else 'no numbers printed'}"
+    return f"{_MARKS[Verdict.MISSING]} {'too few to tell' if tested.parts else 'no numbers printed'}"
 
 
 def _scale(tested: Tested) -> str:
-    told = [profile for profile in tested.profiles if profile != "paper"]
-    return f" ({'; '.join(told)})" if told else ""
+    """Return where the numbers come from, unless all have the paper's scale."""
+    return f" ({'; '.join(tested.profiles)})" if set(tested.profiles) - {"paper"} else ""
 
 
 def _counted(tested: Tested) -> str:
     total = len(tested.parts)
     if total < 2:
         return "."
-    words = {Verdict.HOLDS: "hold", Verdict.FAILS: "do not", Verdict.OPEN: "are open"}
-    found = [f"{tested.count(v)} {word}" for v, word in words.items() if tested.count(v)]
-    return f": of {total} parts {', '.join(found)}."
+    told = _in_words([("", found) for _, found in tested.parts], _NO_NUMBERS)
+    return f": of {total} parts {told}."

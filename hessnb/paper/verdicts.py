@@ -3,9 +3,9 @@
 `hessnb.paper.evidence` gives one `Part`, with an interval, for each network, set and size that a claim speaks of. Then
 
 - a part *holds* when its whole interval is in the region that the claim names, *does not hold* when its whole interval
-  is outside, and is *open* otherwise, or where there is too little data for an interval;
+  is outside, is *not decided* otherwise, and *not measured yet* where there is too little data for an interval;
 - a claim *holds* when all its parts hold, *holds in part* when some do, *does not hold* when none does and at least one
-  does not hold, and is *not measured yet* when all are open.
+  does not hold, is *not decided* when at least one is not decided, and *not measured yet* when no part has an interval.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Verdict(StrEnum):
     HOLDS = "holds"
     IN_PART = "holds in part"
     FAILS = "does not hold"
-    OPEN = "not measured yet"
+    UNDECIDED = "not decided"
+    MISSING = "not measured yet"
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,18 @@ class Region:
     fails_without: float | None = None
 
     def judge(self, interval: Interval | None) -> Verdict:
-        """Return the verdict on one part; without an interval it is open."""
+        """Return the verdict on one part, whose interval may be missing."""
         if interval is None:
-            return Verdict.OPEN
+            return Verdict.MISSING
         if self.low < interval.low and interval.high < self.high:
             return Verdict.HOLDS
         outside = interval.high <= self.low or interval.low >= self.high
         without = self.fails_without is not None and not interval.low <= self.fails_without <= interval.high
-        return Verdict.FAILS if outside or without else Verdict.OPEN
+        return Verdict.FAILS if outside or without else Verdict.UNDECIDED
 
 
 def verdict(parts: Sequence[Verdict]) -> Verdict:
     """Return the verdict on a claim from those on its parts."""
-    if parts and all(part is Verdict.HOLDS for part in parts):
-        return Verdict.HOLDS
     if Verdict.HOLDS in parts:
-        return Verdict.IN_PART
-    return Verdict.FAILS if Verdict.FAILS in parts else Verdict.OPEN
+        return Verdict.HOLDS if set(parts) == {Verdict.HOLDS} else Verdict.IN_PART
+    return next((found for found in (Verdict.FAILS, Verdict.UNDECIDED) if found in parts), Verdict.MISSING)
