@@ -40,7 +40,7 @@ _OVERHEAD = 400
 _SMALLEST = 10_000
 
 # What zipfile raises for damaged bytes: a flipped one may ask for a compression, a version or a password that it lacks
-# (RuntimeError and its NotImplementedError), or point before the beginning of the file (ValueError).
+# (RuntimeError and a subclass of it), or point before the beginning of the file (ValueError).
 _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
 
 

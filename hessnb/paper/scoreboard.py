@@ -67,24 +67,22 @@ def of_question(assessed: Sequence[Assessment]) -> str:
         for a in assessed
     ]
     table = _plain(("Claim", "Measured here", "In the paper's numbers"), rows)
-    ours, papers = ([(a.claim.title, getattr(a, who).verdict) for a in assessed] for who in ("ours", "papers"))
+    ours, papers = ({a.claim.title: getattr(a, who).verdict for a in assessed} for who in ("ours", "papers"))
+    here, there = ([title for title, found in some.items() if found is Verdict.FAILS] for some in (ours, papers))
     return (
-        f"**Found so far.** Of the {len(assessed)} claims on this question, {_in_words(ours, _NOT_MEASURED)}. "
-        f"In the numbers that the paper itself prints, {_in_words(papers, _NO_NUMBERS)}.\n\n{table}"
+        f"**Found so far.** Of the {len(assessed)} claims on this question, "
+        f"{_in_words(list(ours.values()), _NOT_MEASURED, here)}. In the numbers that the paper itself prints, "
+        f"{_in_words(list(papers.values()), _NO_NUMBERS, there)}.\n\n{table}"
     )
 
 
-def _in_words(found: Sequence[tuple[str, Verdict]], missing: tuple[str, str]) -> str:
-    """Return the counts in words; what does not hold is named, if it has a title.
-
-    ``missing`` is said of what has no numbers.
-    """
+def _in_words(found: Sequence[Verdict], missing: tuple[str, str], failing: Sequence[str] = ()) -> str:
+    """Return the counts in words, with the titles of the ``failing``; ``missing`` is said of what has no numbers."""
+    named = f" (*{'*, *'.join(failing)}*)" if failing else ""
     told = []
     for verdict, (one, many) in (_WORDS | {Verdict.MISSING: missing}).items():
-        titles = [title for title, v in found if v is verdict]
-        names = ", ".join(f"*{title}*" for title in titles if title and verdict is Verdict.FAILS)
-        named = f" ({names})" if names else ""
-        told += [f"{len(titles)} {one if len(titles) == 1 else many}{named}"] if titles else []
+        if count := found.count(verdict):
+            told.append(f"{count} {one if count == 1 else many}{named if verdict is Verdict.FAILS else ''}")
     return " and ".join([", ".join(told[:-1]), told[-1]] if len(told) > 1 else told)
 
 
@@ -180,5 +178,5 @@ def _counted(tested: Tested) -> str:
     total = len(tested.parts)
     if total < 2:
         return "."
-    told = _in_words([("", found) for _, found in tested.parts], _NO_NUMBERS)
+    told = _in_words([found for _, found in tested.parts], _NO_NUMBERS)
     return f": of {total} parts {told}."
