@@ -208,6 +208,16 @@ def test_several_seeds_give_mean_and_spread(lines: list[Outcome]) -> None:
     assert row[1:3] == ("3 ± 1.41", "3 ± 1.41")
 
 
+def test_eigenvalue_of_a_row_is_that_of_the_networks_that_were_drawn(lines: list[Outcome]) -> None:
+    undrawn = made(lines[0], {}, 99.0)
+    together, alone, bare = (
+        landscapes.curvatures(outcomes, name="tab-x", caption="x").rows[0]
+        for outcomes in ([lines[0], undrawn], [lines[0]], [undrawn])
+    )
+    assert together == alone
+    assert bare[1:3] == ("99", NOT_MEASURED)
+
+
 def test_second_differences_come_to_the_eigenvalue(store: Store, lines: list[Outcome]) -> None:
     rows = []
     for outcome in lines:

@@ -87,11 +87,13 @@ def curvature(outcome: Outcome, key: str) -> float | None:
 def curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
     """Return the curvature of each loss along the dominant eigenvector, as `curvature`, beside the eigenvalue itself.
 
-    One row a batch size; several seeds give mean and standard deviation. Recorded ones tell their profile.
+    One row a batch size; several seeds give mean and standard deviation. Where only some of the networks of a row have
+    been drawn, the eigenvalue is that of these. Recorded ones tell their profile.
     """
     rows, recorded = [], any(isinstance(o, Recorded) for o in outcomes)
     for batch_size in sorted({o.task.spec.recipe.batch_size for o in outcomes}):
-        runs = [o for o in outcomes if o.task.spec.recipe.batch_size == batch_size]
+        trained = [o for o in outcomes if o.task.spec.recipe.batch_size == batch_size]
+        runs = [o for o in trained if curvature(o, "train") is not None] or trained
         eigenvalues = [o.eigenvalues("train")[0] for o in runs if o.eigenvalues("train")]
         found = {key: [value for o in runs if (value := curvature(o, key)) is not None] for key in SETS}
         ratios = [test / train for test, train in zip(found["test"], found["train"], strict=True)]
