@@ -3,7 +3,7 @@
     <store>/store.json                     the layout's schema
     <store>/locks/<key>.lock               held by the process that works on a run
     <store>/runs/<label>-<key>/
-        checkpoint.safetensors             the last finished epoch of a training under way
+        checkpoint.safetensors             the last epoch that was kept of a training under way
         weights.safetensors, run.json      the trained network; run.json is written last and makes it a result
         <measure>-<key>.json               one thing computed on it
         <measure>-<key>.vectors.safetensors   the eigenvectors that landscapes go along
@@ -152,7 +152,7 @@ class Store:
         return read_tensors(path)[0]
 
     def checkpoint(self, spec: RunSpec) -> State | None:
-        """Return the state after the last finished epoch of a training under way, or None."""
+        """Return the state after the last epoch that was kept of a training under way, or None."""
         path = self._folder(spec) / "checkpoint.safetensors"
         if not path.exists():
             return None
