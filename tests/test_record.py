@@ -72,6 +72,20 @@ def test_some_batch_sizes_of_a_seed_are_published(tmp_path: Path) -> None:
     assert record.check(tmp_path / "record") == []
 
 
+@pytest.mark.parametrize("seed", [1, 10**6])
+def test_later_seed_is_published_from_a_store_that_holds_it_alone(tmp_path: Path, seed: int) -> None:
+    profile = load_profile("smoke")
+    (first, *_) = grid.of_seeds([grid.artefact("layers")], profile, [seed])
+    store = Store(tmp_path / "store")
+    store.save_result(RunResult(first.spec, "done", "", [EPOCH], came_from(seed=seed)), State(1, {}, [], [EPOCH]))
+    (path,) = record.publish(store, tmp_path / "record", profile, ["layers"]).changed
+    assert path.parent.name == first.spec.slug
+    assert record.check(tmp_path / "record") == []
+    (outcome,) = record.recorded("layers", "smoke", tmp_path / "record")
+    assert outcome.task.spec == first.spec
+    assert run.held(store, ["layers"], profile)[0].result == store.result(first.spec)
+
+
 EPOCH = Epoch(1, 0.05, 1.2345678901234, 0.5, 1.0, 0.5, 0.1234567890123)
 
 

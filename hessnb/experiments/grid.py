@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -55,12 +55,20 @@ class Artefact:
 
 
 def plan(artefacts: Sequence[Artefact], profile: Profile, seeds: int | None = None) -> list[Task]:
-    """Return the tasks of several artefacts, all of one seed before the next, a network that they share once."""
+    """Return the tasks of several artefacts for seeds 0 to ``seeds`` - 1 (default: the profile's number).
+
+    Raises InputError for less than one seed. See `of_seeds`.
+    """
     n = profile.seeds if seeds is None else seeds
     if n < 1:
         raise InputError(f"seeds = {n}: at least one is needed")
+    return of_seeds(artefacts, profile, range(n))
+
+
+def of_seeds(artefacts: Sequence[Artefact], profile: Profile, seeds: Iterable[int]) -> list[Task]:
+    """Return the tasks of several artefacts for these seeds, in their order; a network that they share once."""
     merged: dict[str, Task] = {}
-    for seed in range(n):
+    for seed in seeds:
         for task in (task for artefact in artefacts for task in artefact.tasks_of_seed(profile, seed)):
             earlier = merged.get(task.spec.key)
             measures = dict.fromkeys((*(earlier.measures if earlier else ()), *task.measures))

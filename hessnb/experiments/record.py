@@ -25,7 +25,7 @@ from typing import Any
 
 from hessnb.errors import InputError
 from hessnb.experiments.files import write_whole
-from hessnb.experiments.grid import ARTEFACTS, plan
+from hessnb.experiments.grid import ARTEFACTS, of_seeds
 from hessnb.experiments.profile import Profile, load_profile, profile_names
 from hessnb.experiments.run import Outcome, held
 from hessnb.experiments.spec import Measure, RunSpec
@@ -66,6 +66,11 @@ class Record:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def results(self) -> Iterator[RunResult]:
+        """Go through all recorded trainings."""
+        for path in sorted(self.folder.glob("*/run.json")):
+            yield run_result_from_json(_read(path), str(path))
+
     def result(self, spec: RunSpec) -> RunResult | None:
         """Return the recorded training of ``spec``, or None."""
         path = self.folder / spec.slug / "run.json"
@@ -86,7 +91,7 @@ class Published:
 
 
 def publish(source: Results, folder: Path, profile: Profile, names: Sequence[str] = ()) -> Published:
-    """Write all that ``source`` holds of the named artefacts (default: all), whole seeds or some batch sizes of one.
+    """Write all that ``source`` holds of the named artefacts (default: all), be it some batch sizes of one seed.
 
     What does not say where it came from, or came from code that was not committed, stays out; with a run its measures.
     """
@@ -244,8 +249,8 @@ def _faults_of_benchmarks(path: Path) -> Iterator[str]:
 @cache
 def _planned(profile: str, seed: int) -> Mapping[RunSpec, frozenset[Measure]]:
     """Return the runs of one seed in a profile's grid, and the measures of each."""
-    tasks = plan(list(ARTEFACTS.values()), load_profile(profile), seed + 1)
-    return {task.spec: frozenset(task.measures) for task in tasks if task.spec.recipe.seed == seed}
+    tasks = of_seeds(list(ARTEFACTS.values()), load_profile(profile), [seed])
+    return {task.spec: frozenset(task.measures) for task in tasks}
 
 
 def _untold(provenance: Any, seed: int | None) -> list[str]:

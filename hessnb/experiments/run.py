@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hessnb import data, training
 from hessnb.errors import InputError, RunFailed
-from hessnb.experiments.grid import Task, artefact, plan
+from hessnb.experiments.grid import Task, artefact, of_seeds
 from hessnb.experiments.measure import Report, measured, silent
 from hessnb.experiments.networks import attack_function, load_data, new_model, trained_model
 from hessnb.experiments.profile import Profile, load_profile
@@ -78,13 +78,10 @@ def look_up(source: Results, tasks: Sequence[Task]) -> list[Outcome]:
 def held(source: Results, names: Sequence[str], profile: Profile) -> list[Outcome]:
     """Return all that a store or the record holds of some artefacts: an outcome for each run that has ended.
 
-    Of seeds 0, 1, ... as long as it holds any run of a seed.
+    Of every seed, whatever others it lacks: the seeds of one artefact may have been computed in several stores.
     """
-    artefacts = [artefact(name) for name in names]
-    seeds = 0
-    while any(source.result(task.spec) for some in artefacts for task in some.tasks_of_seed(profile, seeds)):
-        seeds += 1
-    outcomes = look_up(source, plan(artefacts, profile, seeds)) if seeds else []
+    seeds = sorted({result.spec.recipe.seed for result in source.results()})
+    outcomes = look_up(source, of_seeds([artefact(name) for name in names], profile, seeds))
     return [outcome for outcome in outcomes if outcome.result is not None]
 
 

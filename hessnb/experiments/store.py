@@ -78,6 +78,10 @@ class Spent:
 class Results(Protocol):
     """Anything that can be asked for results: the store, or the published record."""
 
+    def results(self) -> Iterator[RunResult]:
+        """Go through all ended trainings."""
+        ...
+
     def result(self, spec: RunSpec) -> RunResult | None:
         """Return the ended training of ``spec``, or None."""
         ...
