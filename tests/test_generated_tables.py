@@ -112,3 +112,9 @@ def test_recorded_benchmarks_can_be_shown() -> None:
 def test_columns_of_text_stand_on_the_left_and_numbers_on_the_right(column: list[str], rule: str) -> None:
     lines = markdown(["first", "second"], [["7", cell] for cell in column]).splitlines()
     assert lines[1] == f"| :--- | {rule} |"
+
+
+def test_mean_and_deviation_stay_together_and_a_long_pair_of_them_is_a_number() -> None:
+    (_, rule, row) = markdown(["Batch", "ours"], [["64", "99.99 ± 0.00 (99.19 ± 0.06)"]]).splitlines()
+    assert rule == "| :--- | ---: |"
+    assert row == "| 64 | 99.99\u00a0±\u00a00.00 (99.19\u00a0±\u00a00.06) |"

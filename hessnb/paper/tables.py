@@ -24,6 +24,9 @@ _NUMBER = re.compile(r"[-−+×<>≤≥~(\s]*[.\d]")
 # Cells up to this many characters stay on one line; longer ones are text, which wraps and stands on the left.
 _SHORT = 24
 
+# Between a mean and its standard deviation: such cells are numbers, however long.
+_SPREAD = " ± "
+
 
 @dataclass(frozen=True)
 class Table:
@@ -79,11 +82,14 @@ def _html(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
 def _is_text(column: Sequence[str]) -> bool:
     """Whether a column has cells, and among them no number and none that stands for one; or a long cell."""
     filled = [cell for cell in column if not cell.startswith(("–", *STAND_INS))]
-    return max(map(len, column)) > _SHORT or (any(filled) and not any(map(_NUMBER.match, filled)))
+    is_long = any(len(cell) > _SHORT and _SPREAD not in cell for cell in column)
+    return is_long or (any(filled) and not any(map(_NUMBER.match, filled)))
 
 
 def _cell(text: str) -> str:
-    return text.replace(" ", "\u00a0") if len(text) <= _SHORT else text
+    """Return what of a cell may not be parted in one piece: all of a short one, of a long one means and spreads."""
+    kept = text if len(text) > _SHORT else text.replace(" ", "\u00a0")
+    return kept.replace(_SPREAD, _SPREAD.replace(" ", "\u00a0"))
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:
@@ -92,7 +98,7 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
         return NOT_MEASURED
     if len(values) == 1:
         return _shown(values[0], form)
-    return f"{_shown(statistics.mean(values), form)} ± {_shown(statistics.stdev(values), form)}"
+    return f"{_shown(statistics.mean(values), form)}{_SPREAD}{_shown(statistics.stdev(values), form)}"
 
 
 def _shown(value: float, form: str) -> str:
