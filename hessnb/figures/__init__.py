@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -106,11 +107,10 @@ def lambda1_against_batch(table: str, live: Sequence[Outcome], record: Sequence[
         for axis, split in zip(axes, ("train", "test"), strict=True):
             axis.loglog(paper.index, paper[f"lambda1_{split}"], "--", marker="x", color=COLOURS[6], label="paper")
             for label, outcomes, i in (("ours, paper's scale", record, 0), ("ours, live", live, 1)):
-                points = sorted(
+                points = [
                     (o.task.spec.recipe.batch_size, o.eigenvalues(split)[0]) for o in outcomes if o.eigenvalues(split)
-                )
-                if points:
-                    axis.loglog(*zip(*points, strict=True), marker=MARKERS[i], color=COLOURS[i], label=label)
+                ]
+                _over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
             axis.set(title=f"{'training' if split == 'train' else 'test'} set", xlabel="batch size")
         axes[0].set_ylabel("dominant eigenvalue")
         axes[0].legend(fontsize=10)
@@ -134,17 +134,31 @@ def accuracy_against_batch(table: str, live: Sequence[Outcome], record: Sequence
                 ("live, float32", live, True, 1),
                 ("live, exact", live, False, 5),
             ):
-                points = sorted(
+                points = [
                     (o.task.spec.recipe.batch_size, accuracy[0])
                     for o in outcomes
                     if (accuracy := attacked(float(eps), plain=plain)([o], "test"))
-                )
-                if points:
-                    axis.plot(*zip(*points, strict=True), marker=MARKERS[i], color=COLOURS[i], label=label)
+                ]
+                _over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
             axis.set(title=f"ε = {eps}", xlabel="batch size", xscale="log", ylim=(0, 100))
         axes[0].set_ylabel("accuracy under attack, %")
         axes[0].legend(fontsize=9)
     return figure
+
+
+def _over_seeds(axis: Axes, points: Sequence[tuple[int, float]], *, marker: str, color: str, label: str) -> None:
+    """Draw a line through the mean at each batch size, and a short dash for each seed where there are several."""
+    if not points:
+        return
+    values: dict[int, list[float]] = {}
+    for size, value in sorted(points):
+        values.setdefault(size, []).append(value)
+    axis.plot(
+        list(values), [statistics.mean(some) for some in values.values()], marker=marker, color=color, label=label
+    )
+    several = [(size, value) for size, some in values.items() if len(some) > 1 for value in some]
+    if several:
+        axis.plot(*zip(*several, strict=True), linestyle="none", marker="_", markersize=9, color=color)
 
 
 def accuracy_against_measures(outcomes: Sequence[Outcome], eps: float) -> Figure:

@@ -1,0 +1,60 @@
+"""Figures against the batch size: a line through the mean over the seeds, and each seed beside it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+
+from hessnb import figures
+from hessnb.experiments.record import recorded
+from hessnb.experiments.run import Outcome
+from hessnb.paper.large_batch import attacked
+
+
+@pytest.fixture(scope="module")
+def seeds() -> list[Outcome]:
+    """Three seeds of one batch size and one of another, from the published Table 7."""
+    outcomes = recorded("table7")
+    return [o for o in outcomes if o.task.spec.recipe.batch_size in (512, 1024)]
+
+
+def _shown(outcomes: list[Outcome], value: Callable[[Outcome], float]) -> tuple[list[float], list[float]]:
+    """Return the heights that belong on the line, and those of the dashes."""
+    three = [value(o) for o in outcomes if o.task.spec.recipe.batch_size == 512]
+    (one,) = (value(o) for o in outcomes if o.task.spec.recipe.batch_size == 1024)
+    assert len(three) == 3
+    return [statistics.mean(three), one], sorted(three)
+
+
+def _eigenvalue(split: str, outcome: Outcome) -> float:
+    return float(outcome.eigenvalues(split)[0])
+
+
+def test_eigenvalue_line_goes_through_the_means_and_each_seed_is_a_dash(seeds: list[Outcome]) -> None:
+    live = [o for o in seeds if o.task.spec.recipe.seed == 0]
+    for axis, split in zip(figures.lambda1_against_batch("table7", live, seeds).axes, ("train", "test"), strict=True):
+        means, each = _shown(seeds, partial(_eigenvalue, split))
+        _, line, dashes, alone = axis.lines  # the paper's, ours with its seeds, the live one of a single seed
+        assert np.asarray(line.get_xdata()).tolist() == [512, 1024]
+        assert np.asarray(line.get_ydata()).tolist() == pytest.approx(means)
+        assert sorted(np.asarray(dashes.get_ydata()).tolist()) == pytest.approx(each)
+        assert set(np.asarray(dashes.get_xdata()).tolist()) == {512}
+        assert alone.get_label() == "ours, live"
+        assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+
+
+def test_accuracy_line_goes_through_the_means(seeds: list[Outcome]) -> None:
+    first = figures.accuracy_against_batch("table7", seeds, seeds).axes[0]
+    size = float(first.get_title().removeprefix("ε = "))
+    means, _ = _shown(seeds, lambda o: attacked(size, plain=True)([o], "test")[0])
+    line = next(line for line in first.lines if line.get_label() == "ours, float32")
+    assert np.asarray(line.get_ydata()).tolist() == pytest.approx(means)
+
+
+def test_nothing_recorded_draws_no_line_of_ours(seeds: list[Outcome]) -> None:
+    axis = figures.lambda1_against_batch("table7", seeds, []).axes[0]
+    assert "ours, paper's scale" not in [line.get_label() for line in axis.lines]
