@@ -21,6 +21,7 @@ from networks import network, samples
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from hessnb.curvature import (
     closed_form,
@@ -33,7 +34,7 @@ from hessnb.curvature import (
     inputs,
     is_piecewise_linear,
 )
-from hessnb.curvature.evaluation import differentiable
+from hessnb.curvature.evaluation import differentiable, evaluation, twice_differentiable
 from hessnb.data import Splits, load
 from hessnb.errors import InputError
 from hessnb.models import build
@@ -475,6 +476,47 @@ def test_iteration_keeps_the_curvature_of_confident_samples(gap: float) -> None:
         y = torch.full((5,), label)
         found = input_hessian_eigenvalues(model, x, y, k=2, method="lanczos")
         assert ((found - expected).abs() <= 1e-6 * expected[:, :1]).all()
+
+
+class Checkpointed(nn.Module):
+    """Evaluates its first layers once more in the backward pass."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layers = network(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = self.layers[:4], self.layers[4:]  # type: ignore[index]
+        result: Tensor = last(checkpoint(first, x, use_reentrant=False))
+        return result
+
+
+def has_cheap_layers(logits: Tensor) -> bool:
+    """Return whether the graph of the logits goes through layers that are cheap to differentiate again."""
+    seen, left = set[Any](), [logits.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left.extend(parent for parent, _ in node.next_functions)
+    return any("_Convolution" in node.name() for node in seen)
+
+
+@pytest.mark.parametrize("kind", ["conv", "pool", "norm", "residual", "same"])
+def test_products_go_through_cheap_layers_where_these_suit_the_network(kind: str) -> None:
+    x, y = samples(5)
+    v = normal(5, 64)
+    for model, suited in (network(kind), kind != "same"), (Checkpointed(kind), False):
+        with evaluation(model):  # which what is called again in the backward pass needs as well
+            leaf, logits = differentiable(twice_differentiable(model, x), x)
+            torch.testing.assert_close(logits, model(x), rtol=1e-13, atol=1e-13)
+            assert has_cheap_layers(logits) == suited
+            product = input_lanczos.input_products(leaf, logits, y)(v)
+        hessians = input_hessian(model, x, y)
+        assert_each_near(product, times(hessians, v))
+        found = input_hessian_eigenvalues(model, x, y, k=1, method="lanczos", tol=1e-9)
+        magnitude = torch.linalg.matrix_norm(hessians, 2)[:, None]
+        assert ((found - top(hessians, 1)).abs() <= 1e-9 * magnitude).all()
 
 
 class Quadratic(nn.Module):

@@ -17,17 +17,14 @@ from hessnb.attacks.ball import Norm, normalised
 from hessnb.attacks.loop import Point, Step, wrongness
 from hessnb.curvature.closed_form import ClosedForm, closed_form
 from hessnb.curvature.evaluation import differentiable
-from hessnb.curvature.input_lanczos import input_products as products
+from hessnb.curvature.input_lanczos import input_products
 
 EPS = torch.finfo(torch.float64).eps
 
 
 def gradient(point: Point) -> Step:
     """The gradient g of the loss (Goodfellow et al., 2015; the paper's equation 2.2)."""
-    leaf, logits = differentiable(point.forward, point.x)
-    slope = _plain_slope if point.plain else _slope
-    (g,) = torch.autograd.grad(logits, leaf, slope(logits, point.y).to(logits.dtype), materialize_grads=True)
-    g = g.flatten(1)
+    g = _gradient(point, *differentiable(point.forward, point.x))
     return Step(along=g, gradient=g)
 
 
@@ -38,8 +35,9 @@ def conjugate_gradients(point: Point, *, steps: int, damping: float, tol: float)
     of rounding, since H is singular and noise would be solved for; and where the curvature along the next search
     direction is negative or rounding: with what it has, at the first step the gradient (as Steihaug, 1983).
     """
-    g = gradient(point).gradient
-    product = products(point.forward, point.x, point.y)
+    leaf, logits = differentiable(point.forward, point.x)
+    g = _gradient(point, leaf, logits, retain_graph=True)
+    product = input_products(leaf, logits, point.y)
     r = p = normalised(g.double())
     s = torch.zeros_like(r)
     left = _dot(r, r)
@@ -128,6 +126,13 @@ def nearest(point: Point, *, norm: Norm, damping: float) -> Step:
         nearer = (size > 0) & (distance < least)
         found, least = torch.where(nearer[:, None], along, found), torch.where(nearer, distance, least)
     return Step(along=found, gradient=g)
+
+
+def _gradient(point: Point, leaf: Tensor, logits: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """Return the gradient (n, d) of the loss by the samples, of any length, from the graph of their logits (n, c)."""
+    slope = (_plain_slope if point.plain else _slope)(logits, point.y).to(logits.dtype)
+    (g,) = torch.autograd.grad(logits, leaf, slope, retain_graph=retain_graph, materialize_grads=True)
+    return g.flatten(1)
 
 
 def _slope(logits: Tensor, y: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from hessnb.attacks import checks
 from hessnb.attacks.ball import Ball, Bounds, Norm, normalised, unit_ball
 from hessnb.curvature.closed_form import require_piecewise_linear
-from hessnb.curvature.evaluation import check_samples, evaluation, in_float64
+from hessnb.curvature.evaluation import check_samples, evaluation, in_float64, twice_differentiable
 
 Precision = Literal["float64", "own", "plain"]
 Scale = Literal["sqrt_dim", "unit"]
+Curvature = Literal["closed_form", "products"]
 Forward = Callable[[Tensor], Tensor]
 P = ParamSpec("P")
 
@@ -101,14 +102,15 @@ def perturb(
     step_size: float | Tensor | None = None,
     restarts: int = 1,
     generator: torch.Generator | None = None,
-    piecewise_linear: bool = False,
+    curvature: Curvature | None = None,
 ) -> Perturbation:
     """Attack ``x`` (N, ...) with labels ``y`` (N,) within ``eps`` in the ``norm``, times sqrt(d) for "sqrt_dim".
 
     ``step_size`` is in the units of eps, eps / steps unless given. The first start is x itself, the ``restarts`` - 1
     others are drawn from the ball; of each sample the worst end is kept, that is a misclassified one if there is one,
-    and the one of largest loss among these. ``piecewise_linear``: whether the direction needs such a network. For the
-    rest, and the errors, see `hessnb.attacks`.
+    and the one of largest loss among these. ``curvature``: what the direction needs of the input Hessians, their closed
+    form, which piecewise linear networks have, or products with them. For the rest, and the errors, see
+    `hessnb.attacks`.
     """
     check_samples(model, x, y, probes=2)  # one gradient of a small batch costs little more than many probes
     radius = checks.per_sample("eps", eps, x)
@@ -124,13 +126,15 @@ def perturb(
     unit = math.sqrt(x[0].numel()) if scale == "sqrt_dim" else 1.0
     generator = generator or torch.Generator().manual_seed(0)
     checks.at_least_one("batch_size", batch_size)
-    if piecewise_linear:
+    if curvature == "closed_form":
         require_piecewise_linear(model, x, remedy="solver='cg', as fhsm and l2_hessian have it")
     kept: list[Perturbation] = []
     with evaluation(model):
         with torch.no_grad():
             checks.warn_of_probabilities(model(x[:2].clone()))
         forward, dtype = in_float64(model, x) if precision == "float64" else (model, x.dtype)
+        if curvature == "products":
+            forward = twice_differentiable(forward, x[:2].to(dtype))
         columns = [t.split(batch_size) for t in (x.detach(), y.long(), unit * radius, unit * length)]
         for restart in range(restarts):
             # For all samples at once, so that chunks are of no account.

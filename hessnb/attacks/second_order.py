@@ -43,7 +43,7 @@ def fhsm(
     """Step by eps sign(s), (H + damping I) s = g: FHSM of Table 5. Linf radius eps. The solvers are `l2_hessian`'s."""
     return perturb(
         model, x, y, _solved(solver, cg_steps, damping, tol), eps=eps, norm="linf", bounds=bounds,
-        precision=precision, batch_size=batch_size, piecewise_linear=solver == "exact",
+        precision=precision, batch_size=batch_size, curvature="closed_form" if solver == "exact" else "products",
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def l2_hessian(
     """
     return perturb(
         model, x, y, _solved(solver, cg_steps, damping, tol), eps=eps, norm="l2", scale=scale, bounds=bounds,
-        precision=precision, batch_size=batch_size, piecewise_linear=solver == "exact",
+        precision=precision, batch_size=batch_size, curvature="closed_form" if solver == "exact" else "products",
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def damped_newton(
     return perturb(
         model, x, y, partial(best_damping, dampings=dampings), eps=eps, norm=norm,
         scale=scale if norm == "l2" else "unit", bounds=bounds, precision=precision, batch_size=batch_size,
-        piecewise_linear=True,
+        curvature="closed_form",
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def nearest_class(
     return perturb(
         model, x, y, partial(nearest, norm=norm, damping=damping), eps=eps, norm=norm,
         scale=scale if norm == "l2" else "unit", bounds=bounds, precision=precision, batch_size=batch_size,
-        piecewise_linear=True,
+        curvature="closed_form",
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessnb.curvature.evaluation import Forward, differentiable, evaluation, in_chunks, in_float64
+from hessnb.curvature.evaluation import differentiable, evaluation, in_chunks, in_float64, twice_differentiable
 from hessnb.errors import InputError
 
 
@@ -35,9 +35,11 @@ def eigenvalues_by_lanczos(
 
     with evaluation(model):
         forward, dtype = in_float64(model, x)
+        forward = twice_differentiable(forward, x[:2].to(dtype))
         for part, target in in_chunks(model, x, labels, memory // 2, d * 8 * (4 * k + 40)):
             start = torch.randn(len(part), k, d, dtype=torch.float64, generator=generator).to(x.device)
-            theta, _, _ = _lanczos_on_each(input_products(forward, part.to(dtype), target), start, generator, finished)
+            products = input_products(*differentiable(forward, part.to(dtype)), target)
+            theta, _, _ = _lanczos_on_each(products, start, generator, finished)
             found.append(theta.gather(1, leading(theta)))
     return torch.cat(found)
 
@@ -51,6 +53,7 @@ def solve_by_lanczos(
     solved, start = [], 0
     with evaluation(model):
         forward, dtype = in_float64(model, x)
+        forward = twice_differentiable(forward, x[:2].to(dtype))
         eps = x[0].numel() * torch.finfo(dtype).eps
         for part, target in in_chunks(model, x, labels, memory // 2, x[0].numel() * 8 * 100):
             right = g[start : start + len(part)].flatten(1).double()
@@ -68,7 +71,7 @@ def solve_by_lanczos(
                 residuals = torch.linalg.vector_norm(rest @ solution(theta, s), dim=1)[:, 0]
                 return bool((residuals <= tol * length).all())
 
-            products = input_products(forward, part.to(dtype), target)
+            products = input_products(*differentiable(forward, part.to(dtype)), target)
             theta, s, basis = _lanczos_on_each(products, right[:, None], generator, finished)
             solved.append((solution(theta, s).mT @ basis)[:, 0].to(x.dtype))
     return torch.cat(solved).view_as(x)
@@ -130,13 +133,15 @@ def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return w, total
 
 
-def input_products(forward: Forward, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the map from vectors (N, d), float64, to the products with each sample's input Hessian."""
-    leaf, logits = differentiable(forward, x)
+def input_products(leaf: Tensor, logits: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the map from vectors (N, d), float64, to the products with each sample's input Hessian.
+
+    ``leaf`` (N, ...) are the samples, ``logits`` (N, c) have a graph that leads back to them, ``y`` (N,) are labels.
+    """
     # The cross-entropy in differences to the most probable class: its derivatives do not cancel for confident samples.
     classes = logits.shape[1]
     top = logits.detach().argmax(1, keepdim=True)
-    others = (top + torch.arange(1, classes, device=x.device)) % classes
+    others = (top + torch.arange(1, classes, device=leaf.device)) % classes
     best = logits.gather(1, top)
     loss = (best - logits.gather(1, y[:, None])).sum() + (logits.gather(1, others) - best).exp().sum(1).log1p().sum()
     (slope,) = torch.autograd.grad(loss, leaf, create_graph=True, materialize_grads=True)
@@ -144,7 +149,7 @@ def input_products(forward: Forward, x: Tensor, y: Tensor) -> Callable[[Tensor],
     def product(v: Tensor) -> Tensor:
         if not slope.requires_grad:
             return torch.zeros_like(v)
-        direction = v.to(x.dtype).view_as(x)
+        direction = v.to(leaf.dtype).view_as(leaf)
         (found,) = torch.autograd.grad(slope, leaf, direction, retain_graph=True, materialize_grads=True)
         return found.flatten(1).double()
 
