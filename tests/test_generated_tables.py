@@ -114,7 +114,12 @@ def test_columns_of_text_stand_on_the_left_and_numbers_on_the_right(column: list
     assert lines[1] == f"| :--- | {rule} |"
 
 
-def test_mean_and_deviation_stay_together_and_a_long_pair_of_them_is_a_number() -> None:
-    (_, rule, row) = markdown(["Batch", "ours"], [["64", "99.99 ± 0.00 (99.19 ± 0.06)"]]).splitlines()
+def test_numbers_are_parted_before_a_bracket_alone_and_with_a_deviation_they_are_numbers_however_long() -> None:
+    rows = [["64", "99.99 ± 0.00 (99.19 ± 0.06)"], ["128", "63.9 ± 0.4 (60.4; +3.6)"], ["256", "not measured"]]
+    (_, rule, *shown) = markdown(["Batch", "ours"], rows).splitlines()
     assert rule == "| :--- | ---: |"
-    assert row == "| 64 | 99.99\u00a0±\u00a00.00 (99.19\u00a0±\u00a00.06) |"
+    assert shown == [
+        "| 64 | 99.99\u00a0±\u00a00.00 (99.19\u00a0±\u00a00.06) |",
+        "| 128 | 63.9\u00a0±\u00a00.4 (60.4;\u00a0+3.6) |",
+        "| 256 | not\u00a0measured |",
+    ]

@@ -21,7 +21,7 @@ STAND_INS = NOT_MEASURED, TOO_FEW
 
 _NUMBER = re.compile(r"[-−+×<>≤≥~(\s]*[.\d]")
 
-# Cells up to this many characters stay on one line; longer ones are text, which wraps and stands on the left.
+# Cells up to this many characters are numbers or names, longer ones text, which wraps and stands on the left.
 _SHORT = 24
 
 # Between a mean and its standard deviation: such cells are numbers, however long.
@@ -87,9 +87,9 @@ def _is_text(column: Sequence[str]) -> bool:
 
 
 def _cell(text: str) -> str:
-    """Return what of a cell may not be parted in one piece: all of a short one, of a long one means and spreads."""
-    kept = text if len(text) > _SHORT else text.replace(" ", "\u00a0")
-    return kept.replace(_SPREAD, _SPREAD.replace(" ", "\u00a0"))
+    """Return a cell that is parted nowhere, or before a bracket alone, where the table is too wide; a text anywhere."""
+    is_text = len(text) > _SHORT and _SPREAD not in text
+    return text if is_text else text.replace(" ", "\u00a0").replace("\u00a0(", " (")
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:
