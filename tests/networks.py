@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hessnb.models import ResidualBlock
 
@@ -101,6 +102,19 @@ def network(kind: str = "conv") -> nn.Module:
         model = nn.Sequential(*NETWORKS[kind]()).double()
         model(torch.rand(32, 1, 8, 8, dtype=torch.float64))  # gives batch normalisation some statistics
     return model
+
+
+class Checkpointed(nn.Module):
+    """Makes part of its graph anew in the backward pass."""
+
+    def __init__(self, kind: str = "conv") -> None:
+        super().__init__()
+        self.layers = network(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = self.layers[:4], self.layers[4:]  # type: ignore[index]
+        result: Tensor = last(checkpoint(first, x, use_reentrant=False))
+        return result
 
 
 def samples(n: int = 23, seed: int = 0) -> tuple[Tensor, Tensor]:

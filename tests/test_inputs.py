@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from networks import network, samples
+from networks import Checkpointed, network, samples
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from hessnb.curvature import (
     closed_form,
@@ -476,19 +475,6 @@ def test_iteration_keeps_the_curvature_of_confident_samples(gap: float) -> None:
         y = torch.full((5,), label)
         found = input_hessian_eigenvalues(model, x, y, k=2, method="lanczos")
         assert ((found - expected).abs() <= 1e-6 * expected[:, :1]).all()
-
-
-class Checkpointed(nn.Module):
-    """Evaluates its first layers once more in the backward pass."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.layers = network(kind)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, last = self.layers[:4], self.layers[4:]  # type: ignore[index]
-        result: Tensor = last(checkpoint(first, x, use_reentrant=False))
-        return result
 
 
 def has_cheap_layers(logits: Tensor) -> bool:

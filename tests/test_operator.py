@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, LossFunction, batches, dense_ggn, dense_hessian, network, samples
+from networks import NETWORKS, Checkpointed, LossFunction, batches, dense_ggn, dense_hessian, network, samples
 from scipy.sparse.linalg import aslinearoperator, cg, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hessnb.curvature import GGNOperator, HessianOperator, input_hessian, lanczos
@@ -161,19 +160,6 @@ def test_a_block_product_is_the_single_products_and_counts_each_column(operator:
     assert H.n_matvecs == 13
     H.dense()
     assert H.n_matvecs == 13 + 72
-
-
-class Checkpointed(nn.Module):
-    """Makes part of its graph anew in the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = network()
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, last = self.layers[:4], self.layers[4:]  # type: ignore[index]
-        result: Tensor = last(checkpoint(first, x, use_reentrant=False))
-        return result
 
 
 class Mapping(nn.Module):

@@ -82,14 +82,16 @@ def _html(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
 def _is_text(column: Sequence[str]) -> bool:
     """Whether a column has cells, and among them no number and none that stands for one; or a long cell."""
     filled = [cell for cell in column if not cell.startswith(("–", *STAND_INS))]
-    is_long = any(len(cell) > _SHORT and _SPREAD not in cell for cell in column)
-    return is_long or (any(filled) and not any(map(_NUMBER.match, filled)))
+    return any(map(_is_prose, column)) or (any(filled) and not any(map(_NUMBER.match, filled)))
+
+
+def _is_prose(cell: str) -> bool:
+    return len(cell) > _SHORT and _SPREAD not in cell
 
 
 def _cell(text: str) -> str:
     """Return a cell that is parted nowhere, or before a bracket alone, where the table is too wide; a text anywhere."""
-    is_text = len(text) > _SHORT and _SPREAD not in text
-    return text if is_text else text.replace(" ", "\u00a0").replace("\u00a0(", " (")
+    return text if _is_prose(text) else text.replace(" ", "\u00a0").replace("\u00a0(", " (")
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:

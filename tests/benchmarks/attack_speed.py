@@ -97,19 +97,12 @@ def exact(chosen: argparse.Namespace) -> list[Row]:
     iterated = partial(l2_hessian, network(), x, y, eps=EPS)
     closed = partial(iterated, solver="exact")
     plain = partial(plain_cg, in_float64(), x, y, 10)
-    digits_of_m1 = f"M1, {chosen.digits:,} digits"
-    peer = "10 steps of CG by PyTorch's own double backward"
+    m1 = f"M1, {chosen.digits:,} digits"
+    closed_form, plainly = f"L2HESS in closed form, {m1}", "10 steps of CG by PyTorch's own double backward"
     return [
-        against(
-            chosen,
-            "attack-exact",
-            f"L2HESS in closed form, {digits_of_m1}",
-            "10 steps of CG, hessnb's",
-            closed,
-            iterated,
-        ),
-        against(chosen, "attack-exact-plain", f"L2HESS in closed form, {digits_of_m1}", peer, closed, plain),
-        against(chosen, "attack-cg", f"L2HESS by 10 steps of CG, {digits_of_m1}", peer, iterated, plain),
+        against(chosen, "attack-exact", closed_form, "10 steps of CG, hessnb's", closed, iterated),
+        against(chosen, "attack-exact-plain", closed_form, plainly, closed, plain),
+        against(chosen, "attack-cg", f"L2HESS by 10 steps of CG, {m1}", plainly, iterated, plain),
     ]
 
 
