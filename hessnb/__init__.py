@@ -8,7 +8,7 @@ The package behind the book. Data flows one way through its modules, and imports
          -> paper, figures                                  what to show
          -> book, cli                                       how it is run and published
 
-Reference: Z. Yao, A. Gholami, Q. Lei, K. Keutzer, M. W. Mahoney (2018), arXiv:1810.01021.
+Reference: Z. Yao, A. Gholami, Q. Lei, K. Keutzer, M. W. Mahoney (2018), arXiv:1802.08241.
 """
 
 __version__ = "0.1.0"
