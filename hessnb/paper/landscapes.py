@@ -17,6 +17,7 @@ from hessnb.experiments.measure import HESSIAN_BATCH
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import LossLine, LossPlane
 from hessnb.landscape import along, random_direction
+from hessnb.paper.numbers import second_derivative
 from hessnb.paper.origins import origins
 from hessnb.paper.recorded import Recorded, profiles
 from hessnb.paper.tables import Table, mean_and_spread
@@ -73,15 +74,10 @@ def rise(outcome: Outcome) -> tuple[list[float], list[float]]:
 def curvature(outcome: Outcome, key: str) -> float | None:
     """Return the second derivative at 0 of a set's loss along the dominant eigenvector, or None if not measured.
 
-    From the five losses next to 0 on the shortest line; the error falls with the fourth power of their spacing.
+    From the five losses next to 0 on the shortest line; see `hessnb.paper.numbers.second_derivative`.
     """
     values = _line(outcome, min)
-    if values is None:
-        return None
-    losses, middle = values["losses"][key], len(values["positions"]) // 2
-    step = values["positions"][middle + 1] - values["positions"][middle]
-    near, far = ((losses[middle - i] - 2 * losses[middle] + losses[middle + i]) / (i * step) ** 2 for i in (1, 2))
-    return float(4 * near - far) / 3
+    return second_derivative(values["positions"], values["losses"][key], 0.0) if values else None
 
 
 def curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from hessnb.experiments.spec import AttackSpec, Interpolation, LossLine, RunSpec
 from hessnb.experiments.store import Store
 from hessnb.models import layers
 from hessnb.paper.adversarial import ORIGINAL, network_name
-from hessnb.paper.numbers import second_difference
+from hessnb.paper.numbers import second_derivative, second_difference
 from hessnb.paper.origins import origins
 from hessnb.paper.recorded import Recorded, profiles
 from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
@@ -200,14 +199,16 @@ def ratios(
 
 
 def line_curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
-    """Return the second differences of the losses along the eigenvector (Figs 12, 13) at the network, one row each."""
+    """Return the second derivatives of the losses along the eigenvector (Figs 12, 13) at the network, one row each."""
     rows = []
     for network in _networks(outcomes):
         runs = [o for o in outcomes if training_name(o.task.spec) == network]
-        cells = [
-            mean_and_spread([c for o in runs for c in _curvatures(o, LossLine, of, 0.0)], "{:.3g}")
+        lines = [found for o in runs if (found := line(o, LossLine))]
+        curvatures = (
+            [second_derivative(found["positions"], found["losses"][of], 0.0) for found in lines]
             for of in ("train", "test", "batch")
-        ]
+        )
+        cells = [mean_and_spread(values, "{:.3g}") for values in curvatures]
         rows.append((network, *cells))
     return Table(name, caption, ("Network", "training", "test", "batch"), tuple(map(_minus, rows)), origins(outcomes))
 
@@ -217,9 +218,12 @@ def way_curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> T
     rows = []
     for network in _networks(outcomes):
         runs = [o for o in outcomes if training_name(o.task.spec) == network]
+        ways = [found for o in runs if (found := line(o, Interpolation))]
         cells = []
         for of in ("train", "test"):
-            starts, ends = ([c for o in runs for c in _curvatures(o, Interpolation, of, at)] for at in (0.0, 1.0))
+            starts, ends = (
+                [second_difference(found["positions"], found["losses"][of], at) for found in ways] for at in (0.0, 1.0)
+            )
             cells += [mean_and_spread(starts, "{:.3g}"), mean_and_spread(ends, "{:.3g}")]
         rows.append((network, *cells))
     header = ("Network", "training, original end", "training, robust end", "test, original end", "test, robust end")
@@ -229,13 +233,6 @@ def way_curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> T
 def line(outcome: Outcome, kind: type[LossLine] | type[Interpolation]) -> dict[str, Any] | None:
     """Return what was measured on a line of this kind, or None."""
     return next((found.values for measure, found in outcome.measurements.items() if isinstance(measure, kind)), None)
-
-
-def _curvatures(outcome: Outcome, kind: type[LossLine] | type[Interpolation], of: str, at: float) -> list[float]:
-    found = line(outcome, kind)
-    if found is None:
-        return []
-    return [second_difference(np.asarray(found["positions"]), np.asarray(found["losses"][of]), at)]
 
 
 # -- negative curvature ----------------------------------------------------------------------------------------------
