@@ -176,7 +176,8 @@ def record_command(
 ) -> None:
     """Publish what the store holds of ARTEFACTS (default: all): numbers and their provenance, no weights.
 
-    Some batch sizes of a seed are published, too. What was computed by code that was not committed stays out.
+    Some batch sizes of a seed are published, too. What was computed by code that was not committed stays out. The figure
+    of the README is drawn anew from the book's own record.
     """
     folder = into or record.record_root()
     if folder is None:
@@ -195,6 +196,11 @@ def record_command(
     for line in published.refused:
         _say(f"left out {line}")
     _say(f"{len(published.changed)} file(s) changed in {folder}")
+    if folder == record.record_root():
+        from hessnb.figures import cover  # matplotlib takes a second, and is needed here alone
+
+        if drawn := cover.publish(folder):
+            _say(f"drew {drawn}")
 
 
 @main.command("book")

@@ -99,9 +99,9 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
 def lambda1_against_batch(table: str, live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
     """Show the dominant eigenvalue on training and test set against batch size: live, recorded, and the paper's.
 
-    The paper's are those of ``table`` for the network of ``live``.
+    The paper's are those of ``table`` for the same network. One of ``live`` and ``record`` may be empty.
     """
-    paper = published(table).loc[live[0].task.spec.model.name]
+    paper = published(table).loc[(*live, *record)[0].task.spec.model.name]
     with style():
         figure, axes = _new(2, width=7.0, share_y=True)
         for axis, split in zip(axes, ("train", "test"), strict=True):
