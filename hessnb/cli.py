@@ -176,8 +176,8 @@ def record_command(
 ) -> None:
     """Publish what the store holds of ARTEFACTS (default: all): numbers and their provenance, no weights.
 
-    Some batch sizes of a seed are published, too. What was computed by code that was not committed stays out. The figure
-    of the README is drawn anew from the book's own record.
+    Some batch sizes of a seed are published, too. What was computed by code that was not committed stays out. From the
+    book's own record the figure of the README is drawn anew.
     """
     folder = into or record.record_root()
     if folder is None:
