@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -108,7 +109,8 @@ def run(
 
     One seed is finished for all of its batch sizes before the next one starts, and what costs little before what costs
     much. Finished epochs and results are kept: interrupt it when you like and give the same command again. With a time
-    budget it ends with what was reached, exit code 0, and says what is left.
+    budget it ends with what was reached, exit code 0, and says what is left. What cannot be computed whatever the time
+    (a network was imported without its weights) is said, and the exit code is 2.
     """
     budget = None if time_budget is None else seconds_of(time_budget)
     named = [grid.artefact(name) for name in artefacts if name != "all"]
@@ -120,8 +122,8 @@ def run(
     estimates = Estimates(opened, data.check_device(device))
     rest = campaign.rest(opened, tasks, estimates)
     failed = [task.spec for task in tasks if task.spec in estimates.failed]
-    for line in refused:
-        _say(line)
+    for refusal in refused:
+        _say(refusal.line)
     trained = rest.trainings - rest.trainings_left - rest.trainings_lost
     if rest.left == "nothing":
         _say(f"{trained} of {rest.trainings} networks trained and measured")
@@ -130,8 +132,8 @@ def run(
             f"{trained} of {rest.trainings} networks trained, {rest.measures - rest.measures_left} of {rest.measures} "
             f"measures taken; left: {rest.left}; the same command goes on from here"
         )
-    if refused and budget is None:
-        raise InputError(f"{len(refused)} measure(s) could not be taken: see above")
+    if impossible := sum(refusal.impossible for refusal in refused):
+        raise InputError(f"{impossible} measure(s) cannot be taken here: see above")
     if failed:
         lines = "; ".join(f"{spec.label}: {result.reason}" for spec in failed if (result := opened.result(spec)))
         raise RunFailed(f"{len(failed)} training(s) failed, kept with their history: {lines}")
@@ -318,9 +320,9 @@ def data_group() -> None:
 @root_option
 def data_list(root: Path | None) -> None:
     """List the data sets, and where each would be read from."""
-    table = Table("Set", "Found", title=f"data folder: {data.data_root(root)}", title_justify="left")
+    table = Table("Set", "Found", title=escape(f"data folder: {data.data_root(root)}"), title_justify="left")
     for name in data.NAMES:
-        table.add_row(name, data.where(name, root) or f"missing; get it with: hessnb data fetch {name}")
+        table.add_row(name, escape(data.where(name, root) or f"missing; get it with: hessnb data fetch {name}"))
     console.print(table)
 
 
@@ -343,7 +345,7 @@ def _bytes(text: str) -> int:
 
 
 def _say(text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False)
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _project() -> Path:

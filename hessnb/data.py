@@ -118,6 +118,8 @@ def check_device(device: str | torch.device) -> torch.device:
     """Return ``device`` as a torch.device that can be used here; raise InputError if it cannot."""
     try:
         found = torch.device(device)
+        if found.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{found.type} is neither cpu nor cuda")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ Values = dict[str, tuple[float, float]]  # of each data set, its loss and its ac
 
 
 class PointFile:
-    """Finished points as lines of strict JSON behind a header; numbers that are not finite are strings.
+    """Finished points as lines of strict JSON, each with its checksum, behind a header; infinity and NaN are strings.
 
     Python writes the shortest decimal that reads back as the same float, so values return bit by bit.
     """
@@ -44,11 +46,11 @@ class PointFile:
         values = {}
         for number, line in enumerate(content[len(self.header) : self.intact].splitlines(), start=2):
             try:
-                record = json.loads(line)
+                record = _unsealed(line)
                 pairs = [(float(record["losses"][name]), float(record["accuracies"][name])) for name in names]
                 values[tuple(map(float, record["at"]))] = dict(zip(names, pairs, strict=True))
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{self.path} is damaged in line {number}: remove that line, or the file") from error
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise _damaged(self.path, number) from error
         return values
 
     def prepare(self) -> None:
@@ -64,8 +66,8 @@ class PointFile:
         def column(i: int) -> dict[str, float | str]:
             return {name: pair[i] if math.isfinite(pair[i]) else str(pair[i]) for name, pair in values.items()}
 
-        record = {"at": point, "losses": column(0), "accuracies": column(1)}
-        self._write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        record: dict[str, Any] = {"at": point, "losses": column(0), "accuracies": column(1)}
+        self._write(json.dumps(_sealed(record), allow_nan=False).encode() + b"\n")
 
     def _write(self, line: bytes) -> None:
         with self._usable(), self.path.open("ab") as file:
@@ -81,6 +83,31 @@ class PointFile:
             raise InputError(
                 f"points cannot be kept in {self.path} ({error.strerror}): give a file that can be read and written"
             ) from error
+
+
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"crc32": zlib.crc32(json.dumps(record).encode())}
+
+
+def _unsealed(line: bytes) -> dict[str, Any]:
+    """Return what `_sealed` sealed; raise ValueError, TypeError or KeyError if it has changed since."""
+    record: dict[str, Any] = json.loads(line)
+    if record.pop("crc32") != zlib.crc32(json.dumps(record).encode()):
+        raise ValueError("the checksum does not match")
+    return record
+
+
+def check(path: Path) -> None:
+    """Raise InputError for a file of points in which a whole line is damaged."""
+    for number, line in enumerate(path.read_bytes().split(b"\n")[1:-1], start=2):
+        try:
+            _unsealed(line)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(path, number) from error
+
+
+def _damaged(path: Path, line: int) -> InputError:
+    return InputError(f"{path} is damaged in line {line}: remove that line, or the file")
 
 
 def digest(parts: Iterable[object]) -> str:

@@ -102,6 +102,22 @@ def test_what_is_missing_is_said(full: Store, tmp_path: Path) -> None:
     assert not other.root.exists()
 
 
+def test_measures_are_not_merged_into_a_training_that_the_files_do_not_hold(full: Store, tmp_path: Path) -> None:
+    paths = exported(full, tmp_path / "out", weights=False, max_size=10_000)
+    other = copy_of(full, tmp_path / "other")
+    for path in other.root.glob("runs/*/spectrum-*"):
+        path.unlink()
+    lacking = [path for path in paths if not any(n.endswith("run.json") for n in zipfile.ZipFile(path).namelist())]
+    assert lacking
+    with pytest.raises(InputError, match="is in none of the files given"):
+        archive.import_(other, lacking)
+
+
+def test_folder_that_cannot_be_made_is_one_line(full: Store) -> None:
+    with pytest.raises(InputError, match="cannot write /dev/null/out"):
+        exported(full, Path("/dev/null/out"))
+
+
 def test_same_result_computed_elsewhere_stays_as_it_is(full: Store, tmp_path: Path) -> None:
     other = copy_of(full, tmp_path / "other")
     task = grid.artefact("layers").tasks(PROFILE)[0]

@@ -235,8 +235,9 @@ def test_what_is_not_known_to_fit_is_stopped_in_time_remembered_and_not_tried_ag
     assert store.spent(task.spec, FGSM[0]).lost == pytest.approx(1.0, abs=0.3)
     assert store.check() == []
     monkeypatch.setattr(run, "measured", lambda *args: pytest.fail("tried again in a time that it does not fit"))
-    (line,) = campaign.carry_out(store, [task], budget=1.0)
-    assert "FGSM-eps0.1-test: needs about 1 s at a time; give it more than 1 s" in line
+    (refusal,) = campaign.carry_out(store, [task], budget=1.0)
+    assert "FGSM-eps0.1-test: needs about 1 s at a time; give it more than 1 s" in refusal.line
+    assert not refusal.impossible
     monkeypatch.setattr(run, "measured", partial(busy, 0.0, done))
     assert campaign.carry_out(store, [task], budget=60.0) == []
     assert len(done) == 1
@@ -258,7 +259,7 @@ def test_what_does_not_fit_by_its_estimate_is_not_started_and_what_fits_goes_fir
     started = time.monotonic()
     refused = campaign.carry_out(store, [grid.Task(first.spec, (FGSM[0], L2))], budget=5.0)
     assert done == [f"{first.spec.label}: {L2.label}"]
-    assert "needs about 100 s at a time" in refused[0]
+    assert "needs about 100 s at a time" in refused[0].line
     assert time.monotonic() - started < 4.0
     rest = campaign.rest(store, [grid.Task(first.spec, (FGSM[0], L2))], Estimates(store, CPU))
     assert (rest.measures_left, rest.left) == (1, "about 100 s")
@@ -368,8 +369,8 @@ def test_eigensolve_too_slow_for_a_single_save_is_told(
     assert campaign.carry_out(store, [grid.Task(spec, (spectrum,))], budget=1.5) == []
     assert 1.4 < time.monotonic() - started < 3.0
     assert store.spent(spec, spectrum).lost == pytest.approx(1.5, abs=0.5)
-    (line,) = campaign.carry_out(store, [grid.Task(spec, (spectrum,))], budget=1.5)
-    assert "at a time; give it more" in line
+    (refusal,) = campaign.carry_out(store, [grid.Task(spec, (spectrum,))], budget=1.5)
+    assert "at a time; give it more" in refusal.line
 
 
 def test_network_without_weights_is_told_and_the_rest_goes_on(network: Path, tmp_path: Path) -> None:
@@ -378,8 +379,9 @@ def test_network_without_weights_is_told_and_the_rest_goes_on(network: Path, tmp
     (weights,) = store.root.rglob("weights.safetensors")
     weights.unlink()
     plan = [grid.Task(first.spec, (FGSM[0],)), grid.Task(second.spec, (FGSM[0],))]
-    (line,) = campaign.carry_out(store, plan)
-    assert f"the weights of {first.spec.slug} are not here" in line
+    (refusal,) = campaign.carry_out(store, plan)
+    assert f"the weights of {first.spec.slug} are not here" in refusal.line
+    assert refusal.impossible
     assert store.measurement(second.spec, FGSM[0]) is not None
 
 

@@ -105,6 +105,14 @@ def test_store_check_finds_a_damaged_file(store: Path) -> None:
         path.write_bytes(content)
 
 
+def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
+    shown = call("data", "list", "--root", tmp_path / "a[/b]")
+    assert shown.exit_code == 0
+    odd = tmp_path / "a[red]b"
+    assert call("run", "layers", *SMOKE, "--store", odd).exit_code == 0
+    assert "a[red]b: every file is whole" in call("store", "check", "--store", odd).stdout.replace("\n", "")
+
+
 def test_data_list_names_every_set_and_how_to_get_it(tmp_path: Path) -> None:
     shown = call("data", "list", "--root", tmp_path)
     assert shown.exit_code == 0
@@ -124,6 +132,8 @@ BAD: dict[str, tuple[list[object], str]] = {
     "data set": (["data", "fetch", "imagenet"], "unknown data set 'imagenet'"),
     "data that comes with the package": (["data", "fetch", "mnist5k"], "needs no download"),
     "device": (["run", "table7", *SMOKE, "--device", "abacus"], "device 'abacus' cannot be used here"),
+    "device without numbers": (["run", "table7", *SMOKE, "--device", "meta"], "meta is neither cpu nor cuda"),
+    "store that is not there": (["store", "check"], "is not there"),
     "record artefact": (["record", "fig99", *SMOKE], "unknown artefact 'fig99'"),
 }
 

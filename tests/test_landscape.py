@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hessnb import points
 from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.landscape import (
@@ -514,6 +515,15 @@ def test_files_of_points_that_cannot_be_used(tmp_path: Path) -> None:
         path.write_bytes(lines[0] + lines[1] + damage + lines[2])
         with pytest.raises(InputError, match=r"points\.jsonl is damaged in line 3: remove"):
             survey(path)
+        with pytest.raises(InputError, match="damaged in line 3"):
+            points.check(path)
+    path.write_bytes(b"".join(lines))
+    points.check(path)
+    digit = lines[2].rindex(b".") + 1  # of a number that reads as well with another digit
+    changed = lines[2][:digit] + (b"1" if lines[2][digit : digit + 1] != b"1" else b"2") + lines[2][digit + 1 :]
+    path.write_bytes(lines[0] + lines[1] + changed)
+    with pytest.raises(InputError, match="damaged in line 3"):
+        survey(path)
     for foreign in (b"notes", b"one\ntwo\n"):
         path.write_bytes(foreign)
         with pytest.raises(InputError, match="does not hold points of this landscape"):

@@ -117,6 +117,41 @@ def test_what_uncommitted_code_computed_stays_out(smoke: Store, tmp_path: Path, 
     assert record.check(tmp_path / "record") == []
 
 
+def test_measures_of_another_training_do_not_stay_beside_a_new_one(smoke: Store, folder: Path, tmp_path: Path) -> None:
+    profile = load_profile("smoke")
+    task = grid.artefact("layers").tasks(profile)[0]
+    result, before = smoke.result(task.spec), {path: path.read_bytes() for path in folder.rglob("*.json")}
+    assert result is not None
+    other, found = Store(tmp_path / "other"), [smoke.measurement(task.spec, measure) for measure in task.measures]
+    history = [replace(epoch, train_loss=epoch.train_loss * 1.01) for epoch in result.history]
+    other.save_result(replace(result, history=history), State(1, smoke.weights(task.spec), [], []))
+    published = record.publish(other, folder, profile)
+    assert published.changed == []
+    assert "was measured on another training of it" in published.refused[0]
+    assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+    for measurement in found:
+        assert measurement is not None
+        other.save_measurement(task.spec, measurement)
+    assert [path.name for path in record.publish(other, folder, profile).changed] == ["run.json"]
+    again = replace(result, provenance=result.provenance | {"device": "another machine"})
+    third = Store(tmp_path / "third")
+    third.save_result(replace(again, history=history), State(1, smoke.weights(task.spec), [], []))
+    assert [path.name for path in record.publish(third, folder, profile).changed] == ["run.json"], "the same training"
+
+
+def test_values_that_are_not_finite_stay_out(smoke: Store, tmp_path: Path) -> None:
+    task = grid.artefact("layers").tasks(load_profile("smoke"))[0]
+    result, found = smoke.result(task.spec), smoke.measurement(task.spec, task.measures[0])
+    assert result is not None
+    assert found is not None
+    store = Store(tmp_path / "store")
+    store.save_result(result, State(1, {}, [], []))
+    store.save_measurement(task.spec, replace(found, values={"eigenvalues": [float("inf")]}))
+    published = record.publish(store, tmp_path / "record", load_profile("smoke"))
+    assert "not finite" in published.refused[0]
+    assert record.check(tmp_path / "record") == []
+
+
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     body = json.loads(path.read_text())
     edit(body)

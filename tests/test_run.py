@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from hessnb.experiments.store import Store
 from hessnb.paper import large_batch
 from hessnb.paper.published import published as published_table
 from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, stopping
-from hessnb.training import Recipe
+from hessnb.training import Epoch, Recipe, State
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,42 @@ def test_diverged_training_is_recorded_as_failed_and_the_next_one_goes_on(tmp_pa
     assert failed.measurements == {}
     assert failed.complete, "it is not tried again"
     assert done.complete
+
+
+def test_child_of_a_failed_training_is_not_begun_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    original, robust, *_ = grid.artefact("table3").tasks(load_profile("smoke"))
+    wild = original.spec.model_copy(update={"recipe": replace(original.spec.recipe, lr=1e9)})
+    child = grid.Task(robust.spec.model_copy(update={"parent": wild}), ())
+    failed, orphan, done = run.compute(store, [grid.Task(wild, ()), child, grid.Task(original.spec, ())])
+    assert failed.result is not None
+    assert failed.result.status == "failed"
+    assert orphan.result is None
+    assert done.complete
+    with pytest.raises(RunFailed, match=f"{child.spec.label}: the training of {wild.label}"):
+        run.all_trained([orphan])
+
+
+def test_training_whose_loss_is_zero_reaches_its_target(tmp_path: Path) -> None:
+    spec = tasks()[0].spec
+    target = spec.model_copy(update={"recipe": replace(spec.recipe, loss_target=1e-3)})
+    kept = run._Checkpoints(Store(tmp_path / "store"), target, seen := Seen())
+    constant, epoch = math.log(10), 1 / spec.recipe.max_epochs
+    half_way = math.log(constant / 1e-2) / math.log(constant / 1e-3)
+    for loss, share in ((0.0, 1.0), (1e-3, 1.0), (100.0, epoch), (1e-2, half_way)):
+        line = Epoch(1, 0.1, loss, 0.5, loss, 0.5, 0.5)
+        kept.after_epoch(State(1, {"w": torch.zeros(1)}, [], [line]))
+        assert seen.shares[-1] == pytest.approx(share)
+
+
+class Seen:
+    """A report that keeps the shares."""
+
+    def __init__(self) -> None:
+        self.shares: list[float] = []
+
+    def __call__(self, what: str, share: float, detail: str) -> None:
+        self.shares.append(share)
 
 
 def test_a_network_that_another_process_is_at_work_on_is_left_for_last(

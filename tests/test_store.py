@@ -75,6 +75,37 @@ def test_result_ends_the_checkpoint(full: Store) -> None:
     assert full.checkpoint(other()) is None
 
 
+def test_numbers_from_elsewhere_leave_a_training_under_way(full: Store) -> None:
+    seal_of = (full.root / "runs" / SPEC.slug / "run.json").read_bytes()
+    full.save_checkpoint(SPEC, STATE)
+    (full.root / "runs" / SPEC.slug / "weights.safetensors").unlink()
+    assert [spec for spec, *_ in full.under_way()] == [other()], "it has ended elsewhere"
+    full.adopt(SPEC, {"run.json": seal_of})
+    assert full.checkpoint(SPEC) is not None, "its weights are nowhere else"
+
+
+def test_store_of_which_only_the_locks_were_made_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    whole = Path.mkdir
+
+    def killed(path: Path, *args: Any, **kwargs: Any) -> None:
+        if made and path.name == SPEC.slug:
+            raise KeyboardInterrupt
+        made.append(path)
+        whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path / "store").save_checkpoint(SPEC, STATE)
+    monkeypatch.undo()
+    Store(tmp_path / "store").save_checkpoint(SPEC, STATE)
+
+
+def test_check_of_a_store_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not there"):
+        Store(tmp_path / "stroe").check()
+
+
 def test_failed_training_is_kept_with_its_history_and_without_weights(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save_result(RunResult(SPEC, "failed", "diverged", HISTORY, {}), STATE)
@@ -168,7 +199,7 @@ def test_disk_that_refuses_a_write_leaves_what_was_there(
     for write in writes:
         with pytest.raises(InputError, match=os.strerror(code)) as error:
             write()
-        assert "--store" in str(error.value)
+        assert "choose another folder" in str(error.value)
     monkeypatch.undo()
     assert {path: path.read_bytes() for path in files(full)} == before
     assert not list(full.root.rglob("*.part"))

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from hessnb.errors import InputError
-from hessnb.experiments.files import read_tensors, seal, unseal, write_whole
+from hessnb.experiments.files import clear_errors, read_tensors, seal, unseal, write_whole
 from hessnb.experiments.provenance import line
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import RunSpec
-from hessnb.experiments.store import Store, measurement_from_json, run_result_from_json
+from hessnb.experiments.store import Store, measurement_from_json, run_result_from_json, without_origin
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -70,7 +70,8 @@ def export(
         raise InputError(f"archives of at most {max_size} bytes: at least {_SMALLEST} are needed")
     groups = list(_groups(_pieces(store, outcomes, weights, max_size), max_size))
     paths = [folder / f"{name}-{i + 1}of{len(groups)}.zip" for i in range(len(groups))]
-    folder.mkdir(parents=True, exist_ok=True)
+    with clear_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if others := sorted(set(folder.glob(f"{name}-*of*.zip")) - set(paths)):
         raise InputError(f"{others[0]} is of another export: remove those of {name}, or choose another folder")
     for path, group in zip(paths, groups, strict=True):
@@ -249,17 +250,10 @@ def _verified(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, bytes
 
 def _compared(store: Store, slug: str, archives: _Archives) -> _Incoming:
     """Return what comes in of a run, compared with what the store holds of it."""
-    files = sorted(archives.runs[slug], key=lambda file: file != "run.json")
-    here = store.root / "runs" / slug / "run.json"
-    if files[0] == "run.json":
-        where = f"{slug}/run.json"
-        body = unseal(archives.read(where), where)
-    elif here.exists():
-        where = str(here)
-        body = unseal(here.read_bytes(), where)
-    else:
-        raise InputError(f"{slug}/run.json is in none of the files given; give all files of the export at once")
-    incoming = run_result_from_json(body, where)
+    files, where = sorted(archives.runs[slug], key=lambda file: file != "run.json"), f"{slug}/run.json"
+    if files[0] != "run.json":  # else nobody knows on which training the measures were taken
+        raise InputError(f"{where} is in none of the files given; give all files of the export at once")
+    incoming = run_result_from_json(unseal(archives.read(where), where), where)
     spec = incoming.spec
     if spec.slug != slug:
         raise InputError(f"{where} is the run {spec.slug}: its name says {slug}")
@@ -280,8 +274,6 @@ def _compared(store: Store, slug: str, archives: _Archives) -> _Incoming:
             theirs = incoming.provenance if file == WEIGHTS else came_from
             conflicts.append(f"{slug}/{file}: here {line(spec.label, ours)}; in the file {line(spec.label, theirs)}")
     if anew:
-        if files[0] != "run.json":
-            raise InputError(f"{slug}/run.json is in none of the files given; give all files of the export at once")
         return _Incoming(spec, files, 0, conflicts, anew=True)
     return _Incoming(spec, new, there, conflicts, anew=False)
 
@@ -316,12 +308,5 @@ def _same(file: str, content: bytes, path: Path) -> bool:
     if file == WEIGHTS:  # of the same tensors safetensors does not always write the same bytes
         (a, _), (b, _) = read_tensors(path), _tensors(content)
         return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
-    ours, theirs = (_result(unseal(c, path)) for c in (path.read_bytes(), content))
+    ours, theirs = (without_origin(unseal(c, path)) for c in (path.read_bytes(), content))
     return ours == theirs
-
-
-def _result(body: dict[str, Any]) -> dict[str, Any]:
-    body = {name: value for name, value in body.items() if name != "provenance"}
-    if "history" in body:
-        body["history"] = [{**epoch, "seconds": None} for epoch in body["history"]]
-    return body

@@ -45,6 +45,14 @@ _STRETCH, _SLACK = 1.1, 0.5
 _STEP = 10.0
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """What cannot be computed, and why; ``impossible`` whatever the time, or only within this time limit."""
+
+    line: str
+    impossible: bool
+
+
 class OutOfTime(BaseException):
     """The time limit is reached; not an Exception, so that nobody on the way takes it for a fault of theirs."""
 
@@ -190,8 +198,8 @@ def carry_out(
     device: str | torch.device = "cpu",
     budget: float | None = None,
     report: Report = silent,
-) -> list[str]:
-    """Compute what a store lacks of some tasks, and return a line for each unit that cannot be computed.
+) -> list[Refusal]:
+    """Compute what a store lacks of some tasks, and return what cannot be computed.
 
     After ``budget`` seconds it has returned: it starts no epoch and no measure that, by its estimate, would not end in
     time, and stops trainings between epochs and eigen-solves between saves. Should an estimate be wrong, or missing, an
@@ -207,7 +215,7 @@ def carry_out(
     work = _Work(store, where, clock, estimates, report)
     is_finished = finished(store, estimates.failed)
     todo = ordered([unit for unit in units(tasks) if not is_finished(unit)], estimates)
-    refused, put_off = list[str](), list[Unit]()
+    refused, put_off = list[Refusal](), list[Unit]()
     with suppress(OutOfTime), clock.alarm():
         while (todo or put_off) and clock.left > 0:
             if not todo:
@@ -217,8 +225,8 @@ def carry_out(
                 put_off.append(todo.pop(0))
                 continue
             unit = todo.pop(0)
-            if reason := work.obstacle(unit):
-                refused.append(f"{unit.label}: {reason}")
+            if refusal := work.obstacle(unit):
+                refused.append(refusal)
             elif work.is_ready(unit) and work.do(unit, [other.spec for other in todo if other.measure is None]):
                 todo = ordered(todo, estimates)
     return refused
@@ -235,17 +243,19 @@ class _Work:
         """Return whether all networks that a unit needs are trained."""
         return all("run" in self._store.names(needed) for needed in unit.needs)
 
-    def obstacle(self, unit: Unit) -> str | None:
+    def obstacle(self, unit: Unit) -> Refusal | None:
         """Return why a unit cannot be carried out in this store, or not within any limit like this one."""
         if is_hopeless(unit, self._estimates.failed):
             return None
         for needed in unit.needs:
             names = self._store.names(needed)
             if "run" in names and "weights" not in names:
-                return f"the weights of {needed.slug} are not here; import them, or remove its folder to train it anew"
+                remedy = "import them, or remove its folder to train it anew"
+                return Refusal(f"{unit.label}: the weights of {needed.slug} are not here; {remedy}", impossible=True)
         seconds, budget = _piece(self._store, unit, self._estimates), self._clock.budget
         if self.is_ready(unit) and seconds is not None and budget is not None and not _fits(seconds, budget):
-            return f"needs about {in_words(seconds)} at a time; give it more than {in_words(budget)}"
+            why = f"needs about {in_words(seconds)} at a time; give it more than {in_words(budget)}"
+            return Refusal(f"{unit.label}: {why}", impossible=False)
         return None
 
     def is_elsewhere(self, unit: Unit) -> bool:
@@ -291,7 +301,7 @@ class _Work:
                 self._store.save_spent(spec, None, Spent(lost=round(self._clock.now - last, 3)))
             for other, history, _ in self._store.under_way():
                 if other in (spec, *mates):
-                    self._estimates.learn_history(spec, history)
+                    self._estimates.learn_history(other, history)
             raise
         for ended in filter(None, map(self._store.result, (spec, *mates))):
             self._estimates.learn_run(ended)

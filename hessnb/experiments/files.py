@@ -51,7 +51,7 @@ def clear_errors(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise InputError(
             f"cannot write {path}: {reason}; nothing that was there is lost: make room or rights, or choose another "
-            "folder with --store, and run the same command again"
+            "folder, and run the same command again"
         ) from error
 
 
@@ -100,7 +100,7 @@ def _tensor_digest(tensors: dict[str, Tensor], notes: str) -> str:
     digest = hashlib.sha256(notes.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)  # its bytes, without a copy of them
     return digest.hexdigest()
 
 

@@ -230,7 +230,7 @@ def _planes(name: str) -> Tasks:
     def tasks(profile: Profile, seed: int) -> list[Task]:
         network, drawn = profile.large_batch[name], profile.landscape
         plane = LossPlane(along=_leading(profile), reach=drawn.reach, points=drawn.plane_points)
-        return [Task(network.spec(batch_size, seed), (plane,)) for batch_size in _extremes(network)]
+        return [Task(network.spec(batch_size, seed), (plane.along, plane)) for batch_size in _extremes(network)]
 
     return tasks
 

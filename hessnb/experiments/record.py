@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hessnb.errors import InputError
-from hessnb.experiments.files import write_whole
+from hessnb.experiments.files import clear_errors, write_whole
 from hessnb.experiments.grid import ARTEFACTS, of_seeds
 from hessnb.experiments.profile import Profile, load_profile, profile_names
 from hessnb.experiments.run import Outcome, held
@@ -37,6 +37,7 @@ from hessnb.experiments.store import (
     measurement_to_json,
     run_result_from_json,
     run_result_to_json,
+    without_origin,
 )
 
 BENCHMARKS = "benchmarks.json"
@@ -94,6 +95,7 @@ def publish(source: Results, folder: Path, profile: Profile, names: Sequence[str
     """Write all that ``source`` holds of the named artefacts (default: all), be it some batch sizes of one seed.
 
     What does not say where it came from, or came from code that was not committed, stays out; with a run its measures.
+    So does a run whose training differs from the recorded one, while measures that were taken on that would stay.
     """
     changed, refused = [], []
     for outcome in held(source, names or list(ARTEFACTS), profile):
@@ -105,18 +107,34 @@ def publish(source: Results, folder: Path, profile: Profile, names: Sequence[str
             continue
         files = {"run.json": run_result_to_json(outcome.result)}
         for measure, found in outcome.measurements.items():
-            if faults := _untold(found.provenance, spec.recipe.seed):
+            if faults := [*_untold(found.provenance, spec.recipe.seed), *_unfit(found.values)]:
                 refused.append(f"{spec.slug}/{measure.slug}: {faults[0]}")
             else:
                 files[f"{measure.slug}.json"] = measurement_to_json(found)
         target = folder / profile.name / spec.slug
-        target.mkdir(parents=True, exist_ok=True)
+        if left := _of_another_training(target, files):
+            refused.append(
+                f"{spec.slug}: {left[0]} of the record was measured on another training of it; publish all of its "
+                f"measures together, or remove {target}"
+            )
+            continue
+        with clear_errors(target):
+            target.mkdir(parents=True, exist_ok=True)
         for name, body in files.items():
             path, content = target / name, serialised(body)
             if not path.exists() or path.read_bytes() != content:
                 write_whole(path, content)
                 changed.append(path)
     return Published(changed, refused)
+
+
+def _of_another_training(target: Path, files: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return the measures in a run's folder that ``files`` leave there and that were taken on another training."""
+    there = target / "run.json"
+    if not there.exists():
+        return []
+    old, new = (without_origin(body) for body in (_read(there), json.loads(serialised(files["run.json"]))))
+    return [] if old == new else sorted(path.name for path in target.glob("*.json") if path.name not in files)
 
 
 def recorded(name: str, profile: str = "paper", folder: Path | None = None) -> list[Outcome]:
@@ -221,8 +239,7 @@ def _faults(path: Path, parts: tuple[str, ...], spec_in: Callable[[Path], RunSpe
             yield f"it is the measure {known}: the file's name says {name}"
         if measurement.measure not in _planned(profile, spec.recipe.seed).get(spec, ()):
             yield f"no artefact needs this measure of this run under the profile {profile}"
-        if not measurement.values or not _finite(measurement.values):
-            yield "its values are empty or not finite"
+        yield from _unfit(measurement.values)
     yield from _untold(body.get("provenance"), spec.recipe.seed)
     if serialised(again) != path.read_bytes():
         yield "its formatting is not the record's; publish it again with: hessnb record"
@@ -274,6 +291,11 @@ def _untold(provenance: Any, seed: int | None) -> list[str]:
     if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
         faults.append(f"seconds {seconds!r}")
     return faults
+
+
+def _unfit(values: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the values of a measure."""
+    return [] if values and _finite(values) else ["its values are empty or not finite"]
 
 
 def _finite(value: Any) -> bool:

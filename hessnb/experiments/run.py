@@ -91,13 +91,16 @@ def compute(
     """Compute what is missing of each task, in order, and return all outcomes.
 
     A network that another process is at work on is left for last, so that two that need the same share the work. A
-    training that fails is kept as failed and the next task goes on. Raises InputError for data, a device or a store
-    that cannot be used.
+    training that fails is kept as failed and the next task goes on; one that would go on from it is not begun. Raises
+    InputError for data, a device or a store that cannot be used.
     """
     where = data.check_device(device)
     for task in _held_last(store, tasks):
         mates = mates_of(task.spec, (other.spec for other in tasks))
-        result = train_run(store, task.spec, mates=mates, device=where, report=report)
+        try:
+            result = train_run(store, task.spec, mates=mates, device=where, report=report)
+        except RunFailed:  # its parent did
+            continue
         if result.status == "done":
             for measure in task.measures:
                 measure_run(store, task.spec, measure, device=where, report=report)
@@ -127,10 +130,17 @@ def results(
     Raises InputError for an unknown name, and RunFailed when a training failed.
     """
     tasks = artefact(name).tasks(load_profile(profile), seeds)
-    outcomes = compute(Store(store), tasks, device=device)
+    return all_trained(compute(Store(store), tasks, device=device))
+
+
+def all_trained(outcomes: list[Outcome]) -> list[Outcome]:
+    """Return what `compute` has returned; raise RunFailed, naming the network, where a training has failed."""
     for outcome in outcomes:
-        if outcome.result is not None and outcome.result.status == "failed":
-            raise RunFailed(f"{outcome.task.spec.label}: {outcome.result.reason}")
+        spec, result = outcome.task.spec, outcome.result
+        if result is None and spec.parent:
+            raise RunFailed(f"{spec.label}: the training of {spec.parent.label}, from which it goes on, has failed")
+        if result is not None and result.status == "failed":
+            raise RunFailed(f"{spec.label}: {result.reason}")
     return outcomes
 
 
@@ -340,8 +350,11 @@ def _worked(store: Store, spec: RunSpec, measure: Measure) -> Iterator[Callable[
 
 def _share_done(state: State, recipe: training.Recipe) -> float:
     """Return how much of a training is done: its epochs, or how far the loss has come to its target on a log scale."""
+    if training.reached_target(state.history, recipe):
+        return 1.0
     share = state.epoch / recipe.max_epochs
     if recipe.loss_target is not None:
         start, now = math.log(10.0), state.history[-1].train_loss
-        share = max(share, min(1.0, math.log(start / now) / math.log(start / recipe.loss_target)))
-    return max(0.0, share)
+        if recipe.loss_target < now < start:
+            share = max(share, math.log(start / now) / math.log(start / recipe.loss_target))
+    return share

@@ -298,6 +298,12 @@ class LossPlane(_Named):
     reach: PositiveFloat
     points: PositiveInt
 
+    @model_validator(mode="after")
+    def _two_directions(self) -> Self:
+        if self.along.k < 2:
+            raise ValueError("along: a plane needs the first two eigenvectors, k of at least 2")
+        return self
+
     @property
     def label(self) -> str:
         """A short readable name."""

@@ -11,8 +11,9 @@
         <measure>-<key>.points.txt            the finished points of a landscape under way
         <measure>-<key>.spent, epoch.spent    seconds of work on what was not finished
 
-Every file carries a checksum, is written beside its place, forced to the disk and renamed: a kill, a full disk or a
-second process at the same run can cost the work since the last checkpoint, never a file.
+Every file carries a checksum and is written beside its place, forced to the disk and renamed; finished points are lines
+that are added to theirs, each with its checksum. A kill, a full disk or a second process at the same run can cost the
+work since the last checkpoint, never a file.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from hessnb import points
 from hessnb.errors import InputError
 from hessnb.experiments.files import (
     clear_errors,
@@ -249,7 +251,7 @@ class Store:
         first = ("weights.safetensors", "run.json")
         for name in sorted(files, key=lambda name: (first.index(name) if name in first else len(first), name)):
             write_whole(folder / name, files[name])
-        if (folder / "run.json").exists():
+        if (folder / "run.json").exists() and (folder / "weights.safetensors").exists():
             (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     # -- the whole ----------------------------------------------------------------------------------------------
@@ -271,6 +273,8 @@ class Store:
     def under_way(self) -> Iterator[tuple[RunSpec, list[Epoch], str | None]]:
         """Go through the trainings under way: spec, finished epochs, and the processor's name; reads no tensor."""
         for path in sorted(self.root.glob("runs/*/checkpoint.safetensors")):
+            if path.with_name("run.json").exists():  # imported without its weights while it was trained here
+                continue
             try:
                 notes = read_notes(path)
             except InputError:
@@ -281,7 +285,9 @@ class Store:
             yield spec, [Epoch(**line) for line in notes["history"]], notes.get("device")
 
     def check(self) -> list[str]:
-        """Read every file, and return one line for each that is damaged."""
+        """Read every file, and return one line for each that is damaged; raise InputError where there is no store."""
+        if not self.root.exists():
+            raise InputError(f"{self.root} is not there: nothing has been computed in it, or its name is another")
         faults = []
         for path in sorted(self.root.glob("runs/*/*")):
             try:
@@ -289,6 +295,8 @@ class Store:
                     read_sealed(path)
                 elif path.suffix == ".safetensors":
                     read_tensors(path)
+                elif path.name.endswith(".points.txt"):
+                    points.check(path)
             except InputError as error:
                 faults.append(str(error))
         return faults
@@ -332,8 +340,9 @@ class Store:
     def _prepare(self, spec: RunSpec) -> Path:
         folder = self._folder(spec)
         with clear_errors(self.root):
+            # First what tells that the folder is a store: killed in between, it still is one.
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
-            (self.root / "locks").mkdir(exist_ok=True)
         if not (self.root / "store.json").exists():
             write_sealed(self.root / "store.json", {"schema": SCHEMA})
         return folder
@@ -379,6 +388,14 @@ def run_result_from_json(body: dict[str, Any], where: str) -> RunResult:
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{where} does not hold a run ({error!r}); remove it") from error
+
+
+def without_origin(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a run or a measurement, as JSON content, without where, when and in how many seconds it was computed."""
+    body = {name: value for name, value in body.items() if name != "provenance"}
+    if "history" in body:
+        body["history"] = [{**epoch, "seconds": None} for epoch in body["history"]]
+    return body
 
 
 def measurement_to_json(measurement: Measurement) -> dict[str, Any]:

@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from hessnb.attacks import ATTACKS, Perturbation, damped_newton, l2_hessian
 from hessnb.attacks.loop import wrongness
 from hessnb.attacks.second_order import DAMPINGS
-from hessnb.errors import RunFailed
 from hessnb.experiments.grid import artefact
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.run import Outcome, compute
+from hessnb.experiments.run import Outcome, all_trained, compute
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy, AttackSpec
 from hessnb.experiments.store import Store
-from hessnb.models import eval_mode
+from hessnb.models import inference
 from hessnb.paper.origins import origins
 from hessnb.paper.published import published
-from hessnb.paper.recorded import from_record, papers_own, profiles
+from hessnb.paper.recorded import from_record, papers_own, recorded_as
 from hessnb.paper.tables import Table, mean_and_spread
 from hessnb.robustness import accuracy, predictions
 from hessnb.statistics import Interval, proportion
@@ -51,10 +50,7 @@ def live_and_recorded(
     Raises InputError for an unknown name, and RunFailed when a training failed.
     """
     tasks = [t for t in artefact(name).tasks(load_profile(profile), seeds) if t.spec.model.name == network]
-    live = compute(Store(store), tasks, device=device)
-    for outcome in live:
-        if outcome.result is not None and outcome.result.status == "failed":
-            raise RunFailed(f"{outcome.task.spec.label}: {outcome.result.reason}")
+    live = all_trained(compute(Store(store), tasks, device=device))
     return live, [outcome for outcome in from_record(name, network=network) if outcome.result]
 
 
@@ -189,7 +185,7 @@ def ways(
     ``ends`` are perturbed samples (N, ...) by attack, ``gradient`` and ``nearest`` the names of the two. The last
     column counts only samples that were right and became wrong: the share whose new class was the second most probable.
     """
-    with torch.no_grad(), eval_mode(model):
+    with inference(model):
         logits = model(x)
     runner_up = logits.scatter(1, y[:, None], -torch.inf).argmax(1)
     right = logits.argmax(1) == y
@@ -237,7 +233,7 @@ def damping_sweep(
     for damping in dampings:
         end = damped_newton(model, x, y, eps=eps, dampings=(damping,), bounds=None)
         accuracies.append(accuracy(model, end, y))
-        with torch.no_grad(), eval_mode(model):
+        with inference(model):
             losses.append(wrongness(model(end).double(), y))
     chosen = torch.stack(losses).argmax(0)
     return DampingSweep(dampings, accuracies, chosen.bincount(minlength=len(dampings)).tolist())
@@ -245,7 +241,7 @@ def damping_sweep(
 
 def verdict(model: nn.Module, x: Tensor, classes: Sequence[str]) -> str:
     """Return the most probable class of one sample (1, ...) and its probability."""
-    with torch.no_grad(), eval_mode(model):
+    with inference(model):
         p = model(x).softmax(1)[0]
     return f"{classes[int(p.argmax())]} ({p.max():.1%})"
 
@@ -276,11 +272,6 @@ def _interval(outcomes: Sequence[Outcome], attack: AttackSpec | None) -> str:
 
 def _fields(attack: AttackSpec | None) -> dict[str, object]:
     return {field: getattr(attack, field) for field in ("clip", "solver", "scale", "precision")} if attack else {}
-
-
-def recorded_as(record: Sequence[Outcome]) -> str:
-    """Return the title of what the record holds: under which profile it was measured."""
-    return "record" if profiles(record) == "–" else f"record ({profiles(record)})"
 
 
 def _comparable(outcomes: Sequence[Outcome]) -> bool:

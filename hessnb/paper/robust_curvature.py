@@ -20,27 +20,25 @@ from hessnb import training
 from hessnb.attacks import ATTACKS
 from hessnb.curvature import GGNOperator, HessianOperator, lanczos
 from hessnb.data import Split
-from hessnb.errors import RunFailed
 from hessnb.experiments.grid import Task
+from hessnb.experiments.measure import hessian_batch
 from hessnb.experiments.networks import drawn, load_split, trained_model
-from hessnb.experiments.run import Outcome, compute, results
+from hessnb.experiments.run import Outcome, all_trained, compute, results
 from hessnb.experiments.spec import AttackSpec, Interpolation, LossLine, RunSpec, Spectrum
 from hessnb.experiments.store import Store
 from hessnb.models import layers
 from hessnb.paper.adversarial import ORIGINAL, network_name
+from hessnb.paper.landscapes import sample_losses
 from hessnb.paper.numbers import second_derivative, second_difference
 from hessnb.paper.origins import origins
 from hessnb.paper.recorded import Recorded, profiles
 from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
+from hessnb.precision import full_precision
 
 CONTROL = "control"
 
 # An attack of this size moves no pixel: in float32 it is zero.
 _NO_ATTACK = AttackSpec(method="FGSM", eps=1e-300, clip=False)
-
-# Samples of a minibatch of a Hessian-vector product over a whole set.
-_HESSIAN_BATCH = 250
-
 
 # -- networks --------------------------------------------------------------------------------------------------------
 
@@ -71,11 +69,7 @@ def results_with_control(
     recipes = {o.task.spec.parent: o.task.spec for o in outcomes if o.task.spec.parent}
     originals = [o.task for o in outcomes if o.task.spec.parent is None]
     tasks = [Task(control(task.spec, recipes[task.spec]), task.measures) for task in originals]
-    controls = compute(Store(store), tasks, device=device)
-    for outcome in controls:
-        if outcome.result is not None and outcome.result.status == "failed":
-            raise RunFailed(f"{outcome.task.spec.label}, without an attack: {outcome.result.reason}")
-    return [*outcomes, *controls]
+    return [*outcomes, *all_trained(compute(Store(store), tasks, device=device))]
 
 
 def of_first_seed(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -253,7 +247,7 @@ def extremes(model: nn.Module, samples: Split) -> tuple[Extreme, Extreme]:
     G is the Gauss-Newton matrix, R = sum_k (p_k - y_k) d^2 s_k / d theta^2 the rest, s_k being the logits. The model
     decides the precision.
     """
-    batches = samples.batches(_HESSIAN_BATCH)
+    batches = samples.batches(hessian_batch(model, samples))
     hessian, gauss_newton = (operator(model, F.cross_entropy, batches) for operator in (HessianOperator, GGNOperator))
     found = []
     for which in ("LA", "SA"):
@@ -269,7 +263,7 @@ def within_layers(model: nn.Module, samples: Split, names: Sequence[str]) -> flo
 
     Zero but for rounding if the logits are linear in the parameters of each one layer, as in a ReLU network.
     """
-    batches, rests, products = samples.batches(_HESSIAN_BATCH), [], []
+    batches, rests, products = samples.batches(hessian_batch(model, samples)), [], []
     for layer in names:
         hessian, gauss_newton = (
             operator(model, F.cross_entropy, batches, parameters=[layer]) for operator in (HessianOperator, GGNOperator)
@@ -298,9 +292,7 @@ def parts_of_curvature(spec: RunSpec, cases: Mapping[str, Split], *, store: Stor
 
 def hardest(model: nn.Module, split: Split) -> Split:
     """Return the one sample of a split with the largest loss."""
-    with torch.no_grad():
-        losses = torch.cat([F.cross_entropy(model(x), y, reduction="none") for x, y in split.batches(_HESSIAN_BATCH)])
-    worst = losses.argmax().reshape(1)
+    worst = sample_losses(model, split).argmax().reshape(1)
     return Split(split.images[worst], split.labels[worst])
 
 
@@ -316,7 +308,7 @@ def lowest_curvature(
         spec = outcome.task.spec
         model = trained_model(Store(store), spec, device)
         split = load_split(spec, "train", torch.device(device))
-        hessian = HessianOperator(model, F.cross_entropy, split.batches(_HESSIAN_BATCH))
+        hessian = HessianOperator(model, F.cross_entropy, split.batches(hessian_batch(model, split)))
         found = lanczos(hessian, 1, 1e-2, "SA")
         top = outcome.eigenvalues("train")
         rows.append(
@@ -337,9 +329,10 @@ def _gradient(model: nn.Module, split: Split) -> Tensor:
     """Return the gradient (n,) of the mean loss, float64."""
     parameters = list(model.parameters())
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=parameters[0].device)
-    for x, y in split.batches(_HESSIAN_BATCH):
-        parts = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), parameters)
-        total += torch.cat([part.flatten() for part in parts]).double()
+    with full_precision():
+        for x, y in split.batches(hessian_batch(model, split)):
+            parts = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), parameters)
+            total += torch.cat([part.flatten() for part in parts]).double()
     return total / len(split)
 
 
