@@ -149,8 +149,10 @@ def _behind(models: Sequence[nn.Module], name: str) -> Tensor:
 def is_faster_together(models: Sequence[nn.Module], data: Split, recipe: Recipe) -> bool:
     """Return whether steps of these networks take less time together than one after the other; changes none of them.
 
-    Timed here and now, on the device where models and data are.
+    Timed here and now, on the device where models and data are. Raises InputError for a batch size larger than the
+    training set.
     """
+    check_batch_size(recipe, data)
     count = min(_TIMED_STEPS, len(data) // recipe.batch_size)
     order = torch.arange(count * recipe.batch_size)
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError, RunFailed
-from hessnb.models import eval_mode
-from hessnb.precision import full_precision
+from hessnb.models import inference
 from hessnb.steps import Perturbation, Steps, minibatch_step, momentum_of
 
 __all__ = [
@@ -180,7 +179,11 @@ def train(
     while not is_finished(state.history, recipe):
         started = time.perf_counter()
         lr = recipe.lr_at(state.epoch)
-        steps.epoch(epoch_order(train_set, recipe, state.epoch), recipe.batch_size, lr)
+        try:
+            steps.epoch(epoch_order(train_set, recipe, state.epoch), recipe.batch_size, lr)
+        except InputError:  # of an attack, which refuses a network that has diverged
+            if math.isfinite(evaluate(model, train_set)[0]):
+                raise
         momentum = [momentum_of(optimizer, p) for p in model.parameters()] if recipe.momentum else []
         state = after_epoch(model, data, state, lr, momentum, started)
         check(state, train_set)
@@ -226,7 +229,7 @@ def evaluate(model: nn.Module, data: Split) -> tuple[float, float]:
     """Return the mean cross-entropy (nats) and the accuracy over ``data``, in eval mode, summed in float64."""
     loss = torch.zeros((), dtype=torch.float64, device=data.labels.device)
     correct = torch.zeros((), dtype=torch.int64, device=data.labels.device)
-    with torch.no_grad(), eval_mode(model), full_precision():
+    with inference(model):
         for images, labels in data.batches(EVALUATION_BATCH):
             logits = model(images)
             loss += F.cross_entropy(logits.double(), labels, reduction="sum")

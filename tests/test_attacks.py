@@ -34,7 +34,7 @@ from hessnb.attacks import (
 from hessnb.attacks.ball import Norm
 from hessnb.attacks.loop import Attack, wrongness
 from hessnb.attacks.second_order import Solver
-from hessnb.curvature import input_hessian, input_hessian_solve
+from hessnb.curvature import input_gradient_norms, input_hessian, input_hessian_solve
 from hessnb.curvature.checks import finite
 from hessnb.curvature.evaluation import differentiable
 from hessnb.data import Splits
@@ -728,6 +728,31 @@ def test_the_strides_of_the_samples_are_of_no_account(attack: str) -> None:
     assert leaf.stride() == (64, 64, 8, 1)
     leaf, _ = differentiable(model.float(), turned.float())
     assert leaf.stride() == (64, 1, 8, 1)
+
+
+class Rooted(nn.Module):
+    """A network with the absolute value as a square root, which has no derivative at 0."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.model((x * x).sqrt())
+        return result
+
+
+@pytest.mark.parametrize("attack", ALL)
+def test_gradients_that_are_not_finite_are_refused(attack: str) -> None:
+    x, y = samples()
+    model = Rooted(network("relu"))
+    x = x.abs().clamp(0.3, 0.7)
+    ALL[attack](model, x, y, eps=0.01)
+    x[3].view(-1)[5] = 0.0
+    with pytest.raises(InputError, match="not finite for some samples.*look for"):
+        ALL[attack](model, x, y, eps=0.1)
+    with pytest.raises(InputError, match="gradient in the input is not finite"):
+        input_gradient_norms(model, x, y)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

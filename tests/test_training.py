@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hessnb import training
+from hessnb.attacks import fgsm, l2_hessian
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError, RunFailed
 from hessnb.models import build
@@ -242,6 +244,22 @@ def test_a_training_that_diverges_is_an_error_that_carries_its_history(data: Spl
 
 def losses(*values: float) -> State:
     return State(history=[Epoch(i + 1, 0.1, value, 0.1, value, 0.1, 1.0) for i, value in enumerate(values)])
+
+
+@pytest.mark.parametrize("attack", [fgsm, l2_hessian])
+def test_an_adversarial_training_that_diverges_is_one_that_diverges(data: Splits, attack: Any) -> None:
+    wild = Recipe(batch_size=20, lr=1e30, momentum=0.9, max_epochs=3, seed=0)
+    with pytest.raises(Diverged, match="diverged"):
+        train(build("M1", width=0.1, seed=0), data, wild, perturbation=partial(attack, eps=0.1))
+
+
+def test_a_perturbation_that_refuses_a_sound_network_is_heard(data: Splits) -> None:
+    def refusing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        raise InputError("not like this")
+
+    calm = Recipe(batch_size=20, lr=0.01, momentum=0.9, max_epochs=3, seed=0)
+    with pytest.raises(InputError, match="not like this"):
+        train(build("M1", width=0.1, seed=0), data, calm, perturbation=refusing)
 
 
 def test_a_network_that_has_lost_what_it_had_learned_is_given_up() -> None:

@@ -47,6 +47,8 @@ def autoattack(
     checks.among("norm", norm, list(_NORMS))
     for name in attacks:
         checks.among("attack", name, [*_STANDARD, "apgd-dlr", "fab"])
+    if x.dtype != torch.float32:
+        raise InputError(f"the network and the inputs are {x.dtype}: AutoAttack computes in float32, use .float()")
     devices = [x.device] if x.device.type == "cuda" else []
     trace = sys.gettrace()  # which the package's check for dynamic defences takes away
     try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hessnb.attacks import checks
 from hessnb.attacks.ball import Ball, Bounds, Norm, normalised, unit_ball
+from hessnb.curvature.checks import finite_gradients
 from hessnb.curvature.closed_form import require_piecewise_linear
 from hessnb.curvature.evaluation import check_samples, evaluation, in_float64, twice_differentiable
 
@@ -173,6 +174,7 @@ def _walk(
     for _ in range(steps):
         step = direction(Point(forward, x, y, partial(ball.step, x, length=length), plain))
         gradient, along = step.gradient, step.along
+        finite_gradients(gradient)
         some = gradient.any(1)
         if along is not gradient:  # a direction that overflowed is none
             largest = torch.linalg.vector_norm(along, ord=math.inf, dim=1, keepdim=True)

@@ -57,6 +57,15 @@ def finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
+def finite_gradients(gradients: Tensor) -> None:
+    """Raise InputError unless gradients in the input, or what is made of them, are finite."""
+    if not finite(gradients):
+        raise InputError(
+            "the gradient in the input is not finite for some samples: look for functions without a derivative there, "
+            "as the square root has none at 0"
+        )
+
+
 def read_twice(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Pairs, Pairs | None]:
     """Return the batches of two passes; None for the second if it is identical, or if an iterator allows only one."""
     pairs = _pairs(batches)
@@ -138,7 +147,13 @@ def model_and_loss(
     with torch.no_grad():
         outputs = forward(x)
         eps = torch.finfo(outputs.dtype).eps
-        loss = loss_fn(outputs, y)
+        try:
+            loss = loss_fn(outputs, y)
+        except RuntimeError as error:
+            told = f"outputs {tuple(outputs.shape)} {outputs.dtype} and labels {tuple(y.shape)} {y.dtype}"
+            raise InputError(
+                f"the loss cannot be computed from {told} ({str(error).splitlines()[0]}); classes are int64: y.long()"
+            ) from error
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss is not a scalar ({shape}); use a batch mean: reduction='mean'")

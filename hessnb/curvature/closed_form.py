@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hessnb.curvature import checks
 from hessnb.curvature.evaluation import PROBES, differentiable, evaluation, in_chunks
 from hessnb.errors import InputError
 
@@ -120,7 +121,9 @@ def closed_form(leaf: Tensor, logits: Tensor) -> ClosedForm:
     share = q / (1 + reference.sqrt())[:, None]
     eye = torch.eye(classes - 1, dtype=q.dtype, device=q.device)
     factor = q[:, :, None] * (eye - q[:, :, None] * share[:, None, :])
-    return ClosedForm(rows, factor, (rows @ rows.mT).double(), order, reference, others)
+    gram = (rows @ rows.mT).double()
+    checks.finite_gradients(gram)
+    return ClosedForm(rows, factor, gram, order, reference, others)
 
 
 def piecewise_linear(model: nn.Module, x: Tensor) -> bool:

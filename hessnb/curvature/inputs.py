@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hessnb.curvature import checks
 from hessnb.curvature.closed_form import closed_forms, piecewise_linear, require_piecewise_linear
 from hessnb.curvature.evaluation import check_samples, differentiable, evaluation, in_chunks
 from hessnb.curvature.input_lanczos import eigenvalues_by_lanczos, solve_by_lanczos
@@ -79,7 +80,9 @@ def input_gradient_norms(model: nn.Module, x: Tensor, y: Tensor, *, memory: int 
             direction = (slope / length.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).to(logits.dtype)
             (pulled,) = torch.autograd.grad(logits, leaf, direction, materialize_grads=True)
             norms.append(length * torch.linalg.vector_norm(pulled.double().flatten(1), dim=1))
-    return torch.cat(norms)
+    found = torch.cat(norms)
+    checks.finite_gradients(found)
+    return found
 
 
 def input_hessian_eigenvalues(
