@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hessnb.errors import InputError, unknown
+from hessnb.precision import full_precision
 
 
 def build(
@@ -82,6 +83,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluate the model inside: in eval mode, without gradients, in full precision also on CUDA."""
+    with torch.no_grad(), eval_mode(model), full_precision():
+        yield
 
 
 Scale = Callable[[int], int]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hessnb.attacks import fgsm, pgd
 from hessnb.errors import InputError
-from hessnb.models import eval_mode
+from hessnb.models import inference
 from hessnb.statistics import Interval, proportion
 
 # Called with network, samples and labels; returns the perturbed samples.
@@ -25,7 +25,7 @@ _BATCH = 1000
 
 def predictions(model: nn.Module, x: Tensor) -> Tensor:
     """Return the most probable class (N,) of each sample, in eval mode."""
-    with torch.no_grad(), eval_mode(model):
+    with inference(model):
         return torch.cat([model(part).argmax(1) for part in x.split(_BATCH)])
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from hessnb.curvature import HessianOperator, lanczos
 from hessnb.data import Splits
 from hessnb.errors import InputError
+from hessnb.pace import Pace
 from hessnb.steps import Perturbation
 from hessnb.training import Recipe, State, evaluate, train
 
@@ -77,7 +77,7 @@ def sharpness_along(
     returning. Given one of these as ``followed``, it goes on from there, to the same points.
     """
     points = list(followed.points) if followed else []
-    saved = time.monotonic()
+    pace = Pace(save_seconds)
     batches = data.train.batches(batch_size)
 
     def look(epoch: int, loss: float) -> None:
@@ -89,10 +89,9 @@ def sharpness_along(
         if state.epoch in epochs:
             look(state.epoch, state.history[-1].train_loss)
         progress(state.epoch)
-        nonlocal saved
-        if save is not None and time.monotonic() - saved > save_seconds:
+        if save is not None and pace.is_due():
             save(Followed(state, points))
-            saved = time.monotonic()
+            pace.saved()
 
     if 0 in epochs and followed is None:
         look(0, evaluate(model, data.train)[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,16 @@ from hessnb.errors import InputError
 from hessnb.experiments import grid, measure, run
 from hessnb.experiments.networks import drawn, load_split, trained_model
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.spec import Density, Interpolation, LossLine, LossPlane, Measure, RunSpec, Spectrum
+from hessnb.experiments.spec import (
+    Density,
+    Interpolation,
+    LossLine,
+    LossPlane,
+    Measure,
+    RunSpec,
+    Spectrum,
+    parse_measure,
+)  # fmt: skip
 from hessnb.experiments.store import Store
 
 CPU = torch.device("cpu")
@@ -76,7 +87,7 @@ def test_line_goes_along_the_dominant_eigenvector_and_curves_as_the_eigenvalue_s
 
 def test_plane_holds_the_line(store: Store) -> None:
     plane, line = first("fig7"), first("fig6")
-    (square,) = plane.measures
+    _, square = plane.measures
     assert isinstance(square, LossPlane)
     found = values(store, plane.spec, square)["losses"]
     assert isinstance(found, dict)
@@ -165,6 +176,38 @@ def test_interrupted_landscape_goes_on_from_its_points(store: Store, monkeypatch
     assert not kept.exists()
     monkeypatch.setattr(measure, "along", lambda *args, **kwargs: pytest.fail("computed again"))
     assert run.measure_run(store, task.spec, line).values == again
+
+
+@pytest.mark.parametrize("name", ["fig7", "fig8"])
+def test_landscape_goes_on_where_its_directions_had_to_be_solved_for(store: Store, tmp_path: Path, name: str) -> None:
+    task = first(name)
+    landscape = task.measures[1]
+    assert isinstance(landscape, LossLine | LossPlane)
+    values(store, task.spec, landscape.along)
+    bare = Store(tmp_path / "store")
+    shutil.copytree(store.root, bare.root)
+    for kept in bare.root.rglob("*.vectors.safetensors"):  # as after an import, which brings no vectors
+        kept.unlink()
+    for ended in bare.root.glob(f"runs/{task.spec.slug}/{landscape.slug}.json"):
+        ended.unlink()
+
+    def stop_half_way(what: str, share: float, detail: str) -> None:
+        if landscape.label in what and share >= 0.4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.measure_run(bare, task.spec, landscape, report=stop_half_way)
+    again = run.measure_run(bare, task.spec, landscape).values
+    assert again == run.measure_run(store, task.spec, landscape).values
+
+
+def test_planes_keep_the_spectrum_that_they_lie_along() -> None:
+    task = first("fig7")
+    plane = task.measures[-1]
+    assert isinstance(plane, LossPlane)
+    assert plane.along in task.measures
+    with pytest.raises(InputError, match="first two eigenvectors"):
+        parse_measure({**json.loads(plane.canonical()), "along": json.loads(plane.along.canonical()) | {"k": 1}}, "x")
 
 
 def test_vectors_are_of_length_one_and_orthogonal_and_survive_a_reopening(store: Store, tmp_path: Path) -> None:

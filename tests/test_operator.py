@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hessnb.curvature import GGNOperator, HessianOperator, input_hessian, lanczos
+from hessnb.curvature import memory as memory_of
 from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.models import build
@@ -283,6 +287,49 @@ def test_kept_graphs_stay_within_their_memory(operator: str) -> None:
 def test_kept_graphs_take_a_share_of_the_free_memory(free: int, keeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hessnb.curvature.operator.available_memory", lambda device: free)
     assert kept(HessianOperator(network(), F.cross_entropy, batches(*samples(), 8))) == keeps
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_graphs_go_with_their_operator(operator: str) -> None:
+    H = OPERATORS[operator](network(), F.cross_entropy, batches(*samples(), 8), graph_memory=2**30)
+    assert kept(H) > 0
+    H.matvec(normal(H.shape[0]))
+    gone = weakref.ref(H)
+    gc.disable()  # no circle has to be looked for
+    try:
+        del H
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_labels_that_the_loss_does_not_take_are_named(operator: str) -> None:
+    x, y = samples()
+    with pytest.raises(InputError, match=r"torch.int32 .*y\.long\(\)"):
+        OPERATORS[operator](network(), F.cross_entropy, [(x, y.int())])
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"),
+    [("max", "5", 1024 * 1024), ("2000", "1500", 800), ("2000", "9000", 0), (str(2**40), "5", 1024 * 1024)],
+)
+def test_free_memory_is_what_the_container_leaves(
+    limit: str, used: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:       2048 kB\nMemAvailable:   1024 kB\n")
+    monkeypatch.setattr(memory_of, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory_of, "_CONTAINER", tmp_path)
+    assert memory_of.available_memory(torch.device("cpu")) == 1024 * 1024, "no container"
+    for name, text in (("max", limit), ("current", used), ("stat", "anon 7\ninactive_file 300\n")):
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    assert memory_of.available_memory(torch.device("cpu")) == expected
+
+
+def test_graph_of_a_gradient_grows_with_the_samples() -> None:
+    x, y = samples()
+    few, many = (memory_of.graph_bytes(network(), F.cross_entropy, x[:n], y[:n]) for n in (2, 8))
+    assert 0 < few < many < 4 * few + 1
 
 
 def test_a_dense_matrix_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ of sqrt(2)/n and a long tail, so that with few probes its error bar is rough its
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +24,7 @@ from torch.nn.functional import one_hot
 
 from hessnb.curvature.krylov import Krylov, KrylovState, SymmetricOperator, product
 from hessnb.errors import InputError, unknown
+from hessnb.pace import Pace
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ def spectral_density(
     first ones of a longer run are those of a shorter one. A probe whose Krylov space is exhausted stops there: its
     rule is exact. ``progress`` is called with the number of products done and of all that are still expected, which
     are the same number in the last call. The Krylov basis takes 8 n_steps n bytes on the operator's device. ``save`` is
-    called with the state every ``save_seconds``; given as ``state`` to a later call with the same arguments, it goes on
-    from there and ends in the same bits.
+    called with the state every ``save_seconds``, or as often as takes a twentieth of the time; given as ``state`` to a
+    later call with the same arguments, it goes on from there and ends in the same bits.
 
     Raises InputError for n_probes or n_steps below 1, a state of another operator or of other rules, or a product that
     is not finite.
@@ -173,7 +173,7 @@ def spectral_density(
             raise InputError(f"the saved state is of {told} probes and steps, these are {tuple(nodes.shape)}")
         nodes, weights = state.nodes.clone(), state.weights.clone()
         first, n_matvecs = state.counters.tolist()
-    saved = time.monotonic()
+    pace = Pace(save_seconds)
     for i in range(first, n_probes):
         krylov = Krylov.resume(H, generator, state.krylov) if state and i == first else Krylov(H, generator)
         grew = True
@@ -183,9 +183,9 @@ def spectral_density(
             if progress:
                 left = (limit - krylov.n_matvecs if grew else 0) + (n_probes - 1 - i) * limit
                 progress(n_matvecs, n_matvecs + left)
-            if save and grew and time.monotonic() - saved > save_seconds:
+            if save and grew and pace.is_due():
                 save(DensityState(nodes.clone(), weights.clone(), torch.tensor([i, n_matvecs]), krylov.state))
-                saved = time.monotonic()
+                pace.saved()
         T = krylov.projection[: krylov.n_matvecs]
         theta, s = torch.linalg.eigh((T + T.T) / 2)
         # The padding is a node of the rule itself, so that no function is asked for its value outside the spectrum.

@@ -7,7 +7,6 @@ made, at no further product.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ from torch import Tensor
 from hessnb.curvature.krylov import Krylov, KrylovState, SymmetricOperator, Which, product
 from hessnb.curvature.memory import available_memory
 from hessnb.errors import InputError, unknown
+from hessnb.pace import Pace
 
 # An eigenvalue beyond the k-th by this share that was missed, as a further copy of a multiple one can be ...
 _MISSED_BEYOND = 0.1
@@ -91,8 +91,8 @@ def lanczos(
     chain that looks for a further copy) it is restarted from its leading Ritz vectors (Stewart, 2001; Wu and Simon,
     2000). ``generator`` draws the start (default: seed 0).
     ``progress`` is called after each product with a `Progress`, or prints it when True. ``save`` is called with the
-    state every ``save_seconds``; given as ``state`` to a later call with the same arguments, it goes on from there and
-    ends as if never interrupted.
+    state every ``save_seconds``, or as often as takes a twentieth of the time; given as ``state`` to a later call with
+    the same arguments, it goes on from there and ends as if never interrupted.
 
     Raises InputError for a k outside 1..n, a tolerance that is not positive, an unknown ``which``, a basis too small,
     a state of another operator, or a product that is not finite. Source: section 3.1 of the paper asks for the top 20
@@ -118,7 +118,7 @@ def lanczos(
     if max_basis >= n:
         max_basis = 2 * n + 2  # never full
     report = _reporter(progress, tol, check, limit)
-    saved = time.monotonic()
+    pace = Pace(save_seconds)
 
     def make_room(rows: int) -> None:
         if len(krylov.basis) + rows > max_basis:
@@ -165,9 +165,9 @@ def lanczos(
                 _, _, defects = krylov.ritz(which)
             wanted = torch.nonzero(wrong).flatten() if len(theta) >= k else slice(None)
             krylov.following = _most_needed(krylov, defects[:, wanted])
-        if save is not None and time.monotonic() - saved > save_seconds:
+        if save is not None and pace.is_due():
             save(krylov.state)
-            saved = time.monotonic()
+            pace.saved()
     if progress is True:
         print()
     vectors = krylov.basis.combination(coordinates[:, :k].T)

@@ -4,21 +4,52 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hessnb.models import eval_mode
+
+# Where Linux tells how much memory is free, and how much a container (cgroup v2) may take.
+_MEMINFO, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def available_memory(device: torch.device) -> int:
-    """Return how many bytes of memory are free on a device; for the CPU, those that need no swapping."""
+    """Return how many bytes of memory are free on a device.
+
+    For the CPU those that need no swapping, within the limit of the container if there is one; for CUDA with those that
+    PyTorch holds ready for tensors to come.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + (
+            torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        )
     try:
-        with open("/proc/meminfo") as file:
-            facts = dict(line.split(":", 1) for line in file)
-        return int(facts["MemAvailable"].split()[0]) * 1024
+        free = int(_facts(_MEMINFO, ":")["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        reclaimable = int(_facts(_CONTAINER / "memory.stat", " ")["inactive_file"])
+    except (OSError, KeyError, ValueError):  # no container, or one without a limit, which is "max"
+        return free
+    return min(free, max(0, limit - used + reclaimable))
+
+
+def _facts(path: Path, separator: str) -> dict[str, str]:
+    """Return the lines of one of the kernel's files, name by value."""
+    return dict(line.split(separator, 1) for line in path.read_text().splitlines() if separator in line)
+
+
+def graph_bytes(model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> int:
+    """Return how many bytes the graph of the loss's gradient holds on to, beside the parameters and the data."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with eval_mode(model), torch.enable_grad():
+        return held_bytes(
+            lambda: torch.autograd.grad(loss_fn(model(x), y), parameters, create_graph=True, allow_unused=True),
+            (*model.parameters(), x, y),
+        )
 
 
 def held_bytes(build: Callable[[], object], own: Iterable[Tensor]) -> int:

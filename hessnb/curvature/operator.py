@@ -145,7 +145,11 @@ class CurvatureOperator(ABC):
 
     @abstractmethod
     def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
-        """Return the map from a vector to its product with the matrix of one minibatch's mean loss."""
+        """Return the map from a vector to its product with the matrix of one minibatch's mean loss.
+
+        The operator keeps it, so it must not hold on to the operator: the graphs go when that goes, not when Python
+        next looks for circles.
+        """
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
@@ -252,18 +256,17 @@ class HessianOperator(CurvatureOperator):
     """
 
     def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
+        parameters = self._parameters
         with self._layers():
             loss = self._loss(self._forward(x), y)
-        gradient = torch.autograd.grad(
-            loss, self._parameters, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
         # Where the loss is linear in a parameter its gradient has no graph; as a leaf it differentiates to zero.
         gradient = tuple(part if part.requires_grad else part.requires_grad_() for part in gradient)
 
         def product(v: list[Tensor], again: bool) -> Sequence[Tensor]:
             # H is symmetric, so the vector-Jacobian product of the gradient is the product H v.
             return torch.autograd.grad(
-                gradient, self._parameters, v, retain_graph=again, allow_unused=True, materialize_grads=True
+                gradient, parameters, v, retain_graph=again, allow_unused=True, materialize_grads=True
             )
 
         return product
@@ -278,11 +281,12 @@ class GGNOperator(CurvatureOperator):
     """
 
     def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
+        parameters = self._parameters
         with self._layers(fixed=True):
             outputs = self._forward(x)
         # J^T u is linear in u: its derivative along v, as a function of u, is J v.
         u = torch.zeros_like(outputs, requires_grad=True)
-        pulled = torch.autograd.grad(outputs, self._parameters, u, create_graph=True, materialize_grads=True)
+        pulled = torch.autograd.grad(outputs, parameters, u, create_graph=True, materialize_grads=True)
         s = outputs.detach().requires_grad_()
         (slope,) = torch.autograd.grad(self._loss(s, y), s, create_graph=True)
 
@@ -292,7 +296,7 @@ class GGNOperator(CurvatureOperator):
             if slope.requires_grad:  # else the loss is linear in the outputs
                 (curved,) = torch.autograd.grad(slope, s, pushed, retain_graph=again, materialize_grads=True)
             return torch.autograd.grad(
-                outputs, self._parameters, curved, retain_graph=again, allow_unused=True, materialize_grads=True
+                outputs, parameters, curved, retain_graph=again, allow_unused=True, materialize_grads=True
             )
 
         return product

@@ -23,6 +23,7 @@ from hessnb.curvature import (
     power_iteration,
     spectral_density,
 )
+from hessnb.curvature.memory import graph_bytes
 from hessnb.errors import InputError
 from hessnb.experiments.networks import attack_function, drawn, load_data, load_split, new_model, trained_model
 from hessnb.experiments.spec import (
@@ -46,8 +47,10 @@ from hessnb.landscape import along, between, on_plane
 from hessnb.sharpness import Followed, Point, sharpness_along
 from hessnb.training import Epoch
 
-# Samples per minibatch of a Hessian-vector product: on a CPU the fastest of 100 to 2,500 for M1; a GPU wants more.
-HESSIAN_BATCH = {"cpu": 250, "cuda": 2000}
+# Samples per minibatch of a Hessian-vector product: on a CPU the fastest of 100 to 2,500 for M1; a GPU wants more, the
+# first whose graph takes at most a quarter of its memory.
+_HESSIAN_BATCH = 250
+_CUDA_HESSIAN_BATCHES = (2000, 1000, 500, 250, 125, 60, 30)
 
 # Samples that are attacked between two reports.
 ATTACK_BATCH = 1000
@@ -97,8 +100,27 @@ def _operator(
     if samples is not None and len(samples) == 1:
         # One sample costs little, and of one that is classified with confidence float32 rounds most eigenvalues away.
         model, split = model.double(), data.Split(split.images.double(), split.labels)
-    batches = split.batches(HESSIAN_BATCH[device.type])
+    batches = split.batches(hessian_batch(model, split))
     return HessianOperator(model, F.cross_entropy, batches, parameters=block, samples=samples)
+
+
+def hessian_batch(model: nn.Module, split: data.Split) -> int:
+    """Return the samples per minibatch of a Hessian-vector product with a network, on the device where the split is.
+
+    The same on each machine of a kind, whatever else takes memory there: results depend on it in their last digits.
+    """
+    device = split.labels.device
+    if device.type == "cpu":
+        return _HESSIAN_BATCH
+    few = split.head(10)
+    largest = torch.cuda.get_device_properties(device).total_memory // 4
+    return _fitting(graph_bytes(model, F.cross_entropy, few.images, few.labels) / len(few), largest)
+
+
+def _fitting(bytes_per_sample: float, memory: int) -> int:
+    """Return the largest minibatch of a GPU whose graph fits into some bytes, or the smallest of all."""
+    fitting = (size for size in _CUDA_HESSIAN_BATCHES if size * bytes_per_sample <= memory)
+    return next(fitting, _CUDA_HESSIAN_BATCHES[-1])
 
 
 def _spectrum(
@@ -108,18 +130,25 @@ def _spectrum(
     operator = _operator(store, spec, measure, device)
     found = _lanczos(operator, store, spec, measure, report, label)
     if measure.parameters is None:
-        store.save_vectors(spec, measure, found.eigenvectors[:_KEPT_VECTORS].float())
+        store.save_vectors(spec, measure, _leading(found))
     return found, operator
 
 
 def eigenvectors(
     store: Store, spec: RunSpec, measure: Spectrum, device: torch.device, report: Report = silent, label: str = ""
 ) -> Tensor:
-    """Return the leading eigenvectors (j, n) of a spectrum on a device, solving for them if the store lacks them."""
+    """Return the leading eigenvectors (j, n) of a spectrum on a device, solving for them if the store lacks them.
+
+    As the store keeps them, rounded to float32: the points of an interrupted landscape are of these directions.
+    """
     kept = store.vectors(spec, measure)
     if kept is None:
-        kept = _spectrum(store, spec, measure, device, report, label)[0].eigenvectors
+        kept = _leading(_spectrum(store, spec, measure, device, report, label)[0])
     return kept.to(device)
+
+
+def _leading(found: EigenResult) -> Tensor:
+    return found.eigenvectors[:_KEPT_VECTORS].float()
 
 
 def _values(found: EigenResult, operator: HessianOperator) -> dict[str, object]:
@@ -183,14 +212,15 @@ def _sharpness(
         store.save_partial(spec, measure, _followed_to_tensors(followed))
 
     kept = store.partial(spec, measure)
+    model = parent or new_model(spec, len(splits.classes)).to(device)
     points = sharpness_along(
-        parent or new_model(spec, len(splits.classes)).to(device),
+        model,
         splits,
         replace(spec.recipe, max_epochs=len(result.history), loss_target=None),
         set(epochs),
         tol=measure.tol,
         samples=None if measure.samples is None else drawn(len(splits.train), measure.samples, 0),
-        batch_size=HESSIAN_BATCH[device.type],
+        batch_size=hessian_batch(model, splits.train),
         perturbation=attack_function(spec.attack) if spec.attack else None,
         progress=progress,
         followed=_followed_from_tensors(kept) if kept else None,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hessnb.curvature import Estimate, HessianOperator, SpectralDensity, input_curvature, lanczos
 from hessnb.data import Split
 from hessnb.experiments.grid import artefact
+from hessnb.experiments.measure import hessian_batch
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import Outcome, compute
 from hessnb.experiments.spec import AUTOATTACK, AttackAccuracy, Density, RunSpec, Sharpness
@@ -24,7 +25,7 @@ from hessnb.paper.attacks import clean
 from hessnb.paper.large_batch import accuracy, lambda1
 from hessnb.paper.origins import origins
 from hessnb.paper.published import published
-from hessnb.paper.recorded import from_record, profiles
+from hessnb.paper.recorded import from_record, recorded_as
 from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
 from hessnb.sharpness import rescaled, stability_bound
 from hessnb.statistics import geometric_mean, proportion
@@ -107,7 +108,7 @@ def edges(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, capt
         cells = [mean_and_spread(lambda1(some, "train"), "{:.3g}") if some else "–" for some in runs]
         printed = f"{paper[batch_size]:g}" if batch_size in paper.index else "–"
         rows.append((str(batch_size), *cells, printed, ", ".join(sorted(bounds)) or "–"))
-    header = ("Batch", "λ₁, live", _recorded(record, "λ₁"), "λ₁, paper", "2 (1 + β) / lr")
+    header = ("Batch", "λ₁, live", f"λ₁, {recorded_as(record)}", "λ₁, paper", "2 (1 + β) / lr")
     return Table(name, caption, header, tuple(rows), origins(record))
 
 
@@ -141,7 +142,7 @@ def rescalings(
     found = []
     for factor in factors:
         scaled = rescaled(model, first, second, factor)
-        hessian = HessianOperator(scaled, F.cross_entropy, data.batches(250))
+        hessian = HessianOperator(scaled, F.cross_entropy, data.batches(hessian_batch(scaled, data)))
         direction = random_direction(scaled, torch.Generator().manual_seed(0), filter_normalised=True)
         with torch.no_grad():
             change = float((scaled(data.images) - outputs).abs().max())
@@ -177,7 +178,7 @@ def strong(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, cap
     One network's have Wilson's 95 % interval, several their mean and standard deviation. Each size has its columns.
     """
     rows = []
-    for source, outcomes in (("live", live), (_recorded(record, ""), record)):
+    for source, outcomes in (("live", live), (recorded_as(record), record)):
         for network in dict.fromkeys(network_name(o.task.spec) for o in outcomes):
             runs = [o for o in outcomes if network_name(o.task.spec) == network]
             cells = [_under(runs, m) for m in _attacks(runs)]
@@ -214,7 +215,7 @@ def spread(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, cap
     """
     eps = _middle(live)
     rows: list[tuple[str, ...]] = []
-    for source, outcomes in (("live", live), (_recorded(record, ""), record)):
+    for source, outcomes in (("live", live), (recorded_as(record), record)):
         sizes = sorted({o.task.spec.recipe.batch_size for o in outcomes})
         for size in sizes:
             runs = [o for o in outcomes if o.task.spec.recipe.batch_size == size]
@@ -258,7 +259,7 @@ def sweep(
     """
     eps = _middle(live)
     rows: list[tuple[str, ...]] = []
-    for source, outcomes in (("live", live), (_recorded(record, ""), record)):
+    for source, outcomes in (("live", live), (recorded_as(record), record)):
         keys = dict.fromkeys((o.task.spec.recipe.batch_size, choice(o.task.spec)) for o in outcomes)
         for batch_size, chosen in keys:
             runs = [o for o in outcomes if (o.task.spec.recipe.batch_size, choice(o.task.spec)) == (batch_size, chosen)]
@@ -314,9 +315,3 @@ def _compared(outcomes: Sequence[Outcome], eps: float) -> tuple[str, str, str]:
 def _middle(outcomes: Sequence[Outcome]) -> float:
     """Return the size of the attack that seeds and sweeps compare."""
     return _attacks(outcomes)[0].attack.eps
-
-
-def _recorded(record: Sequence[Outcome], what: str) -> str:
-    """Return the title of what the record holds, with the profile that it was measured under."""
-    told = "record" if profiles(record) == "–" else f"record ({profiles(record)})"
-    return f"{what}, {told}" if what else told

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hessnb.curvature import HessianOperator, trace
 from hessnb.data import Split
-from hessnb.experiments.measure import HESSIAN_BATCH
+from hessnb.experiments.measure import hessian_batch
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import LossLine, LossPlane
 from hessnb.landscape import along, random_direction
+from hessnb.models import inference
 from hessnb.paper.numbers import second_derivative
 from hessnb.paper.origins import origins
 from hessnb.paper.recorded import Recorded, profiles
@@ -127,8 +128,8 @@ def second_differences(
 
 
 def sample_losses(model: nn.Module, split: Split) -> Tensor:
-    """Return the cross-entropy (N,) of each sample of a split, float64; the network must be in eval mode."""
-    with torch.no_grad():
+    """Return the cross-entropy (N,) of each sample of a split, in eval mode, float64."""
+    with inference(model):
         parts = [F.cross_entropy(model(x).double(), y, reduction="none") for x, y in split.batches(EVALUATION_BATCH)]
     return torch.cat(parts)
 
@@ -183,9 +184,9 @@ def directional(
     Averaged over all directions it is trace / n; the trace is estimated from ``n_matvecs`` products, with its standard
     error. The last column is the curvature along one filter-normalised direction (Li et al., 2018), at length one.
     """
-    rows, batches = [], split.batches(HESSIAN_BATCH[split.labels.device.type])
+    rows = []
     for (label, model), largest in zip(networks.items(), eigenvalues, strict=True):
-        operator = HessianOperator(model, F.cross_entropy, batches)
+        operator = HessianOperator(model, F.cross_entropy, split.batches(hessian_batch(model, split)))
         n, found = operator.shape[0], trace(operator, n_matvecs=n_matvecs)
         chance = random_direction(model, torch.Generator().manual_seed(0), filter_normalised=True)
         chance = chance / torch.linalg.vector_norm(chance)

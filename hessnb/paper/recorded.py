@@ -82,3 +82,8 @@ def papers_own(outcomes: Sequence[Outcome]) -> bool:
 def profiles(outcomes: Sequence[Outcome]) -> str:
     """Return under which profiles these outcomes were recorded; a dash for none."""
     return "; ".join(dict.fromkeys(o.scale for o in outcomes if isinstance(o, Recorded) and o.scale)) or "–"
+
+
+def recorded_as(record: Sequence[Outcome]) -> str:
+    """Return the title of a column of what the record holds, with the profile that it was measured under."""
+    return "record" if profiles(record) == "–" else f"record ({profiles(record)})"

@@ -6,13 +6,12 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
-import torch
 from torch import Tensor, nn
 
 from hessnb.attacks import ATTACKS, BEYOND
 from hessnb.data import Split
 from hessnb.errors import InputError
-from hessnb.models import eval_mode
+from hessnb.models import inference
 from hessnb.widgets import pixels
 from hessnb.widgets.explorer import Choice, Explorer
 
@@ -101,7 +100,7 @@ def attack_explorer(
 
 def _probabilities(model: nn.Module, x: Tensor) -> Tensor:
     """Return the class probabilities (N, c), float64 on the CPU."""
-    with eval_mode(model), torch.no_grad():
+    with inference(model):
         logits: Tensor = model(x)
         return logits.double().softmax(1).cpu()
 
