@@ -210,6 +210,14 @@ def test_planes_keep_the_spectrum_that_they_lie_along() -> None:
         parse_measure({**json.loads(plane.canonical()), "along": json.loads(plane.along.canonical()) | {"k": 1}}, "x")
 
 
+def test_minibatches_of_a_gpu_are_the_largest_whose_graph_fits() -> None:
+    mebibyte, gibibyte = 2**20, 2**30
+    sizes = {free: measure._fitting(12 * mebibyte, free * gibibyte) for free in (80, 20, 12, 3, 1, 0)}
+    assert sizes == {80: 2000, 20: 1000, 12: 1000, 3: 250, 1: 60, 0: 30}
+    split = load_split(first("fig6").spec, "train", CPU)
+    assert measure.hessian_batch(torch.nn.Linear(1, 1), split) == 250, "on a CPU whatever the network"
+
+
 def test_vectors_are_of_length_one_and_orthogonal_and_survive_a_reopening(store: Store, tmp_path: Path) -> None:
     task = first("fig6")
     values(store, task.spec, task.measures[1])
