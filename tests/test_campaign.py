@@ -422,6 +422,26 @@ def test_what_another_process_is_at_work_on_is_put_off(tmp_path: Path) -> None:
     assert store.measurement(first, L2) is not None
 
 
+def test_network_that_is_trained_is_built_on_while_another_process_measures_it(tmp_path: Path) -> None:
+    original, robust, *_ = tasks("table3")
+    store, held, done = Store(tmp_path / "store"), threading.Event(), threading.Event()
+    run.train_run(store, original.spec)
+
+    def hold() -> None:
+        with store.lock(original.spec):
+            held.set()
+            done.wait()
+
+    with ThreadPoolExecutor() as other:
+        other.submit(hold)
+        held.wait()
+        try:
+            assert campaign.carry_out(store, [grid.Task(robust.spec, ())], budget=60.0) == []
+            assert store.result(robust.spec) is not None
+        finally:
+            done.set()
+
+
 def test_alarm_is_put_back(tmp_path: Path) -> None:
     def mine(*args: object) -> None: ...
 

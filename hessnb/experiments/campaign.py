@@ -259,14 +259,18 @@ class _Work:
         return None
 
     def is_elsewhere(self, unit: Unit) -> bool:
-        """Return whether another process is at work on the network of a unit, or on one that it needs."""
-        return any(self._store.is_held(spec) for spec in {unit.spec, *unit.needs})
+        """Return whether another process is at work on the network of a unit, or trains one that it needs."""
+        return any(self._store.is_held(spec) for spec in self._awaited(unit))
 
     def wait_for(self, unit: Unit) -> None:
-        """Wait until no other process is at work on the network of a unit, or on one that it needs."""
-        for spec in {unit.spec, *unit.needs}:
+        """Wait until no other process is at work on the network of a unit, or trains one that it needs."""
+        for spec in self._awaited(unit):
             with self._store.lock(spec):
                 pass
+
+    def _awaited(self, unit: Unit) -> set[RunSpec]:
+        """Return the networks that nobody else may work on: one that is trained can be read while it is measured."""
+        return {unit.spec, *(needed for needed in unit.needs if "run" not in self._store.names(needed))}
 
     def do(self, unit: Unit, trainings: Sequence[RunSpec]) -> bool:
         """Carry out a unit if there is time, and return whether nothing was known of its costs before.
