@@ -422,6 +422,33 @@ def test_what_another_process_is_at_work_on_is_put_off(tmp_path: Path) -> None:
     assert store.measurement(first, L2) is not None
 
 
+def test_of_two_that_others_are_at_work_on_the_one_that_is_free_first_goes_first(tmp_path: Path) -> None:
+    store, plan = Store(tmp_path / "store"), [grid.Task(task.spec, ()) for task in tasks("table7")]
+    first, second = (task.spec for task in plan)
+    held, done, order = threading.Event(), threading.Event(), list[str]()
+
+    def hold() -> None:
+        with store.lock(first):
+            with store.lock(second):
+                held.set()
+                time.sleep(1.0)
+            done.wait()
+
+    def report(what: str, share: float, detail: str) -> None:
+        if share == 1.0:
+            order.append(what)
+            done.set()
+
+    with ThreadPoolExecutor() as other:
+        other.submit(hold)
+        held.wait()
+        try:
+            assert campaign.carry_out(store, plan, report=report) == []
+        finally:
+            done.set()
+    assert list(dict.fromkeys(order)) == [f"{second.label}: training", f"{first.label}: training"]
+
+
 def test_network_that_is_trained_is_built_on_while_another_process_measures_it(tmp_path: Path) -> None:
     original, robust, *_ = tasks("table3")
     store, held, done = Store(tmp_path / "store"), threading.Event(), threading.Event()

@@ -41,6 +41,9 @@ _CHEAP = 10.0
 # Estimates are stretched by this share and these seconds when they are held against what is left of the time.
 _STRETCH, _SLACK = 1.1, 0.5
 
+# Seconds between two looks at whether another process has let go.
+_POLL = 0.5
+
 # Seconds of one step of a measure that goes on from where it was interrupted, beside the time between two saves.
 _STEP = 10.0
 
@@ -220,8 +223,8 @@ def carry_out(
         while (todo or put_off) and clock.left > 0:
             if not todo:
                 todo, put_off = put_off, []
-                work.wait_for(todo[0])
-            elif work.is_elsewhere(todo[0]):
+                work.wait_for_one_of(todo)
+            if work.is_elsewhere(todo[0]):
                 put_off.append(todo.pop(0))
                 continue
             unit = todo.pop(0)
@@ -260,17 +263,14 @@ class _Work:
 
     def is_elsewhere(self, unit: Unit) -> bool:
         """Return whether another process is at work on the network of a unit, or trains one that it needs."""
-        return any(self._store.is_held(spec) for spec in self._awaited(unit))
+        # A network that is trained can be read while it is measured.
+        untrained = (needed for needed in unit.needs if "run" not in self._store.names(needed))
+        return any(self._store.is_held(spec) for spec in {unit.spec, *untrained})
 
-    def wait_for(self, unit: Unit) -> None:
-        """Wait until no other process is at work on the network of a unit, or trains one that it needs."""
-        for spec in self._awaited(unit):
-            with self._store.lock(spec):
-                pass
-
-    def _awaited(self, unit: Unit) -> set[RunSpec]:
-        """Return the networks that nobody else may work on: one that is trained can be read while it is measured."""
-        return {unit.spec, *(needed for needed in unit.needs if "run" not in self._store.names(needed))}
+    def wait_for_one_of(self, units: Sequence[Unit]) -> None:
+        """Wait until no other process is in the way of at least one of some units."""
+        while all(map(self.is_elsewhere, units)):
+            time.sleep(_POLL)
 
     def do(self, unit: Unit, trainings: Sequence[RunSpec]) -> bool:
         """Carry out a unit if there is time, and return whether nothing was known of its costs before.
