@@ -92,7 +92,7 @@ def correlations(outcomes: Sequence[Outcome], eps: float, *, name: str, caption:
         for split in SPLITS:
             cells = [_correlation(runs, measure, attacked(eps), split) for measure in measures.values()]
             rows.append((network, "training" if split == "train" else "test", str(len(runs)), *cells))
-    return Table(name, caption, ("Network", "Set", "Networks", *measures), tuple(rows))
+    return Table(name, caption, ("Network", "Set", "n", *measures), tuple(rows))
 
 
 def published_correlations(table: str, eps: float, *, name: str, caption: str) -> Table:
@@ -106,7 +106,7 @@ def published_correlations(table: str, eps: float, *, name: str, caption: str) -
             robust = part[f"adversarial_{eps:g}_{split}"].tolist()
             cells = [_shown(part[f"{measure}_{split}"].tolist(), robust) for measure in measures.values()]
             rows.append((network, "training" if split == "train" else "test", str(len(part)), *cells))
-    return Table(name, caption, ("Network", "Set", "Networks", *measures), tuple(rows))
+    return Table(name, caption, ("Network", "Set", "n", *measures), tuple(rows))
 
 
 def _correlation(runs: Sequence[Outcome], first: Column, second: Column, split: SplitName) -> str:
