@@ -9,7 +9,7 @@ PROFILE ?= quick
 
 help:
 	@echo "make book    execute the notebooks (profile $(PROFILE)) and build the HTML in book/_build/html; 10 to 15 minutes"
-	@echo "make test    the whole test suite; 10 to 15 minutes"
+	@echo "make test    the whole test suite; 15 to 25 minutes"
 	@echo "make lab     the notebooks in Jupyter"
 	@echo "make check   formatting, lint, types, notebook pairs; half a minute"
 	@echo "make format  put formatting, lint and notebook pairs right where a machine can"
@@ -32,7 +32,7 @@ book: env
 	$(BIN)/hessnb book --profile $(PROFILE)
 
 test: env
-	@echo "running the tests: 10 to 15 minutes"
+	@echo "running the tests: 15 to 25 minutes"
 	$(BIN)/python -m pytest
 
 lab: env
