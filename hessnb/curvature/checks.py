@@ -153,7 +153,9 @@ def model_and_loss(
             if y.is_floating_point() or y.dtype == torch.int64:
                 raise  # its own affair
             told = str(error).splitlines()[0]
-            raise InputError(f"the loss does not take labels of {y.dtype} ({told}); make them int64: y.long()") from error
+            raise InputError(
+                f"the loss does not take labels of {y.dtype} ({told}); make them int64: y.long()"
+            ) from error
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss is not a scalar ({shape}); use a batch mean: reduction='mean'")
