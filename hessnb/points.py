@@ -44,13 +44,9 @@ class PointFile:
             )
         self.intact = content.rindex(b"\n") + 1
         values = {}
-        for number, line in enumerate(content[len(self.header) : self.intact].splitlines(), start=2):
-            try:
-                record = _unsealed(line)
-                pairs = [(float(record["losses"][name]), float(record["accuracies"][name])) for name in names]
-                values[tuple(map(float, record["at"]))] = dict(zip(names, pairs, strict=True))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise _damaged(self.path, number) from error
+        for record in _records(self.path, content):
+            pairs = [(float(record["losses"][name]), float(record["accuracies"][name])) for name in names]
+            values[tuple(map(float, record["at"]))] = dict(zip(names, pairs, strict=True))
         return values
 
     def prepare(self) -> None:
@@ -89,25 +85,22 @@ def _sealed(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"crc32": zlib.crc32(json.dumps(record).encode())}
 
 
-def _unsealed(line: bytes) -> dict[str, Any]:
-    """Return what `_sealed` sealed; raise ValueError, TypeError or KeyError if it has changed since."""
-    record: dict[str, Any] = json.loads(line)
-    if record.pop("crc32") != zlib.crc32(json.dumps(record).encode()):
-        raise ValueError("the checksum does not match")
-    return record
+def _records(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
+    """Go through what `_sealed` sealed in the whole lines of a file behind its header; raise InputError for damage."""
+    for number, line in enumerate(content.split(b"\n")[1:-1], start=2):
+        try:
+            record = json.loads(line)
+            if record != _sealed({name: value for name, value in record.items() if name != "crc32"}):
+                raise ValueError("the checksum does not match")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path} is damaged in line {number}: remove that line, or the file") from error
+        yield record
 
 
 def check(path: Path) -> None:
     """Raise InputError for a file of points in which a whole line is damaged."""
-    for number, line in enumerate(path.read_bytes().split(b"\n")[1:-1], start=2):
-        try:
-            _unsealed(line)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _damaged(path, number) from error
-
-
-def _damaged(path: Path, line: int) -> InputError:
-    return InputError(f"{path} is damaged in line {line}: remove that line, or the file")
+    for _ in _records(path, path.read_bytes()):
+        pass
 
 
 def digest(parts: Iterable[object]) -> str:

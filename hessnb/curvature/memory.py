@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
-from hessnb.models import eval_mode
+from torch import Tensor
 
 # Where Linux tells how much memory is free, and how much a container (cgroup v2) may take.
 _MEMINFO, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -40,16 +38,6 @@ def available_memory(device: torch.device) -> int:
 def _facts(path: Path, separator: str) -> dict[str, str]:
     """Return the lines of one of the kernel's files, name by value."""
     return dict(line.split(separator, 1) for line in path.read_text().splitlines() if separator in line)
-
-
-def graph_bytes(model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> int:
-    """Return how many bytes the graph of the loss's gradient holds on to, beside the parameters and the data."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with eval_mode(model), torch.enable_grad():
-        return held_bytes(
-            lambda: torch.autograd.grad(loss_fn(model(x), y), parameters, create_graph=True, allow_unused=True),
-            (*model.parameters(), x, y),
-        )
 
 
 def held_bytes(build: Callable[[], object], own: Iterable[Tensor]) -> int:

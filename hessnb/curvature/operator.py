@@ -228,6 +228,12 @@ class CurvatureOperator(ABC):
                 break
             batch.kept = self._linearise(batch.x, batch.y)
 
+    @property
+    def graph_bytes(self) -> int:
+        """How many bytes the graph of the first minibatch holds on to, beside the parameters and the data."""
+        with self._evaluation():
+            return self._graph_bytes(self._batches[0])
+
     def _graph_bytes(self, batch: _Batch) -> int:
         """Return how many bytes the graph of one batch holds on to, beside the parameters and the data."""
         own = (*self._model.parameters(), batch.x, batch.y)

@@ -23,7 +23,6 @@ from hessnb.curvature import (
     power_iteration,
     spectral_density,
 )
-from hessnb.curvature.memory import graph_bytes
 from hessnb.errors import InputError
 from hessnb.experiments.networks import attack_function, drawn, load_data, load_split, new_model, trained_model
 from hessnb.experiments.spec import (
@@ -113,8 +112,8 @@ def hessian_batch(model: nn.Module, split: data.Split) -> int:
     if device.type == "cpu":
         return _HESSIAN_BATCH
     few = split.head(10)
-    largest = torch.cuda.get_device_properties(device).total_memory // 4
-    return _fitting(graph_bytes(model, F.cross_entropy, few.images, few.labels) / len(few), largest)
+    graph = HessianOperator(model, F.cross_entropy, few.batches(len(few)), graph_memory=0).graph_bytes
+    return _fitting(graph / len(few), torch.cuda.get_device_properties(device).total_memory // 4)
 
 
 def _fitting(bytes_per_sample: float, memory: int) -> int:

@@ -21,6 +21,7 @@ from hessnb.experiments.profile import Profile, load_profile
 from hessnb.experiments.provenance import provenance
 from hessnb.experiments.spec import Measure, RunSpec, Spectrum
 from hessnb.experiments.store import Measurement, Results, RunResult, Spent, Store
+from hessnb.pace import Pace
 from hessnb.together import is_faster_together, train_together
 from hessnb.training import State
 
@@ -258,11 +259,11 @@ class _Checkpoints:
 
     def __init__(self, store: Store, spec: RunSpec, report: Report) -> None:
         self._store, self._spec, self._report = store, spec, report
-        self._due = -math.inf
+        self._pace = Pace(1e-9)  # after the first epoch, and then as often as its share of the time allows
 
     def after_epoch(self, state: State) -> None:
         """Keep the state if the last time is long enough ago, or if the report ends the training here."""
-        if kept := time.monotonic() >= self._due:
+        if kept := self._pace.is_due():
             self._keep(state)
         last = state.history[-1]
         share = _share_done(state, self._spec.recipe)
@@ -274,10 +275,8 @@ class _Checkpoints:
             raise
 
     def _keep(self, state: State) -> None:
-        started = time.monotonic()
         self._store.save_checkpoint(self._spec, state)
-        ended = time.monotonic()
-        self._due = ended + 20 * (ended - started)
+        self._pace.saved()
 
 
 def measure_run(
