@@ -7,7 +7,9 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -396,26 +398,35 @@ def test_children_of_a_failed_training_are_left_alone(tmp_path: Path) -> None:
     assert campaign.rest(store, plan, Estimates(store, CPU)).left == "nothing"
 
 
-def test_what_another_process_is_at_work_on_is_put_off(tmp_path: Path) -> None:
-    store, plan = Store(tmp_path / "store"), [grid.Task(task.spec, (L2,)) for task in tasks("table7")]
-    first, second = (task.spec for task in plan)
-    assert not store.is_held(first)
+@contextmanager
+def held_elsewhere(store: Store, spec: RunSpec) -> Iterator[threading.Event]:
+    """Hold a run as another process would, until the event is set, or to the end."""
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with store.lock(first):
+        with store.lock(spec):
             held.set()
             done.wait()
 
     with ThreadPoolExecutor() as other:
         other.submit(hold)
         held.wait()
+        try:
+            yield done
+        finally:
+            done.set()
+
+
+def test_what_another_process_is_at_work_on_is_put_off(tmp_path: Path) -> None:
+    store, plan = Store(tmp_path / "store"), [grid.Task(task.spec, (L2,)) for task in tasks("table7")]
+    first, second = (task.spec for task in plan)
+    assert not store.is_held(first)
+    with held_elsewhere(store, first):
         assert store.is_held(first)
         assert not store.is_held(second)
         started = time.monotonic()
         assert campaign.carry_out(store, plan, budget=10.0) == []
         assert 9.5 < time.monotonic() - started < 15.0, "it has waited to the end"
-        done.set()
     assert store.result(first) is None
     assert store.measurement(second, L2) is not None
     assert campaign.carry_out(store, plan) == []
@@ -425,48 +436,28 @@ def test_what_another_process_is_at_work_on_is_put_off(tmp_path: Path) -> None:
 def test_of_two_that_others_are_at_work_on_the_one_that_is_free_first_goes_first(tmp_path: Path) -> None:
     store, plan = Store(tmp_path / "store"), [grid.Task(task.spec, ()) for task in tasks("table7")]
     first, second = (task.spec for task in plan)
-    held, done, order = threading.Event(), threading.Event(), list[str]()
+    order = list[str]()
+    with ExitStack() as others:
+        let_go_of_first = others.enter_context(held_elsewhere(store, first))
+        let_go_of_second = others.enter_context(held_elsewhere(store, second))
+        threading.Timer(1.0, let_go_of_second.set).start()
 
-    def hold() -> None:
-        with store.lock(first):
-            with store.lock(second):
-                held.set()
-                time.sleep(1.0)
-            done.wait()
+        def report(what: str, share: float, detail: str) -> None:
+            if share == 1.0:
+                order.append(what)
+                let_go_of_first.set()
 
-    def report(what: str, share: float, detail: str) -> None:
-        if share == 1.0:
-            order.append(what)
-            done.set()
-
-    with ThreadPoolExecutor() as other:
-        other.submit(hold)
-        held.wait()
-        try:
-            assert campaign.carry_out(store, plan, report=report) == []
-        finally:
-            done.set()
+        assert campaign.carry_out(store, plan, report=report) == []
     assert list(dict.fromkeys(order)) == [f"{second.label}: training", f"{first.label}: training"]
 
 
 def test_network_that_is_trained_is_built_on_while_another_process_measures_it(tmp_path: Path) -> None:
     original, robust, *_ = tasks("table3")
-    store, held, done = Store(tmp_path / "store"), threading.Event(), threading.Event()
+    store = Store(tmp_path / "store")
     run.train_run(store, original.spec)
-
-    def hold() -> None:
-        with store.lock(original.spec):
-            held.set()
-            done.wait()
-
-    with ThreadPoolExecutor() as other:
-        other.submit(hold)
-        held.wait()
-        try:
-            assert campaign.carry_out(store, [grid.Task(robust.spec, ())], budget=60.0) == []
-            assert store.result(robust.spec) is not None
-        finally:
-            done.set()
+    with held_elsewhere(store, original.spec):
+        assert campaign.carry_out(store, [grid.Task(robust.spec, ())], budget=60.0) == []
+        assert store.result(robust.spec) is not None
 
 
 def test_alarm_is_put_back(tmp_path: Path) -> None:
