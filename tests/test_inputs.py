@@ -202,6 +202,24 @@ def test_linear_network_has_the_closed_form() -> None:
     torch.testing.assert_close(input_hessian(linear, x, y), J.T @ A @ J, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("factor", [1.0, 30.0, 100.0])
+def test_dense_hessian_equals_the_closed_form_however_confident_the_network(factor: float) -> None:
+    x, y = samples(4)
+    model = Calibrated(network("relu"), factor)
+    hessians = input_hessian(model, x, y)
+    assert factor == 1.0 or hessians.flatten(1).abs().amax(1).amin() < 1e-9  # one probability is one up to rounding
+    assert_each_near(top(hessians, 3), input_hessian_eigenvalues(model, x), 1e-12)
+
+
+def test_dense_hessian_and_closed_form_take_the_same_side_of_kinks_in_any_memory_layout(digits: Splits) -> None:
+    # The flat background of a digit puts it on kinks of max-pooling; of which piece, the rounding of a kernel decides.
+    model = build("M1", width=0.25, seed=2).double()
+    x, y = digits.train.images[:6].double(), digits.train.labels[:6]
+    strided = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    for images in (x.contiguous(), strided):
+        assert_each_near(top(input_hessian(model, images, y), 9), input_hessian_eigenvalues(model, images), 1e-12)
+
+
 def test_gradient_without_dependence_on_the_input_gives_zero() -> None:
     class Constant(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -95,6 +95,19 @@ def twice_differentiable(forward: Forward, x: Tensor) -> Forward:
     return cheap if suits(lambda: bent(cheap), lambda: bent(forward)) else forward
 
 
+def cross_entropy_in_differences(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies of logits (N, c) for labels ``y`` (N,), whose derivatives never cancel.
+
+    However confident the network, the logits enter only by their differences to the largest: all curvature comes from
+    the small probabilities of the other classes, not from one minus a probability that rounds to one.
+    """
+    top = logits.detach().argmax(1, keepdim=True)
+    others = (top + torch.arange(1, logits.shape[1], device=logits.device)) % logits.shape[1]
+    best = logits.gather(1, top)
+    excess = (logits.gather(1, others) - best).exp().sum(1).log1p()
+    return (best - logits.gather(1, y[:, None])).sum() + excess.sum()
+
+
 def check_samples(model: nn.Module, x: Tensor, y: Tensor | None, probes: int = PROBES) -> None:
     """Raise InputError unless samples x (N, ...), labels y (N,) and model fit together, and samples are independent.
 

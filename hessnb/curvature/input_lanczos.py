@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessnb.curvature.evaluation import differentiable, evaluation, in_chunks, in_float64, twice_differentiable
+from hessnb.curvature.evaluation import (
+    cross_entropy_in_differences,
+    differentiable,
+    evaluation,
+    in_chunks,
+    in_float64,
+    twice_differentiable,
+)
 from hessnb.errors import InputError
 
 
@@ -138,12 +145,7 @@ def input_products(leaf: Tensor, logits: Tensor, y: Tensor) -> Callable[[Tensor]
 
     ``leaf`` (N, ...) are the samples, ``logits`` (N, c) have a graph that leads back to them, ``y`` (N,) are labels.
     """
-    # The cross-entropy in differences to the most probable class: its derivatives do not cancel for confident samples.
-    classes = logits.shape[1]
-    top = logits.detach().argmax(1, keepdim=True)
-    others = (top + torch.arange(1, classes, device=leaf.device)) % classes
-    best = logits.gather(1, top)
-    loss = (best - logits.gather(1, y[:, None])).sum() + (logits.gather(1, others) - best).exp().sum(1).log1p().sum()
+    loss = cross_entropy_in_differences(logits, y)
     (slope,) = torch.autograd.grad(loss, leaf, create_graph=True, materialize_grads=True)
 
     def product(v: Tensor) -> Tensor:

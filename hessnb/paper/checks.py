@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hessnb.curvature import input_hessian
 from hessnb.paper.tables import Table
 
-# An eigenvalue counts when it is above this share of the largest: far above float64 rounding, far below a signal.
-RANK_THRESHOLD = 1e-10
+# An eigenvalue counts when it is above this share of the largest: a hundred times float64 rounding.
+RANK_THRESHOLD = 1e-13
 
 
 def input_eigenvalues(model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool = False) -> Tensor:
@@ -48,6 +48,21 @@ def saddle_free(cases: Mapping[str, tuple[Tensor, int]], *, name: str, caption: 
         )
     header = ("Network", "Samples", "d", "min λ / max |λ|", "PSD", "Rank", "Classes c")
     return Table(name, caption, header, tuple(rows))
+
+
+def bend_of_logits(model: nn.Module, x: Tensor, *, step: float = 1e-7) -> Tensor:
+    """Return (N,) by how much the logits bend within ``step`` of each sample, as a share of how much they change.
+
+    Their second difference over their first, along a random direction of length ``step``, in float64: zero up to
+    rounding inside a linear piece, of the order of one on a kink, where the logits have no derivative.
+    """
+    double, x = copy.deepcopy(model).double().eval(), x.detach().double()
+    direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).to(x.device)
+    direction *= step / torch.linalg.vector_norm(direction.flatten(1), dim=1).view(-1, *[1] * (x.ndim - 1))
+    with torch.no_grad():
+        behind, here, ahead = (double(point) for point in (x - direction, x, x + direction))
+    second, first = ahead - 2 * here + behind, (ahead - behind) / 2
+    return torch.linalg.vector_norm(second, dim=1) / torch.linalg.vector_norm(first, dim=1)
 
 
 def with_activation(model: nn.Module, activation: nn.Module) -> nn.Module:
