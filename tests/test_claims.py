@@ -506,6 +506,29 @@ def test_run_is_a_link_to_its_record_where_the_repository_is_known() -> None:
     assert '<td><a href="https://example.org/x">a-run</a></td>' in table._repr_html_()
 
 
+def test_profile_that_all_rows_share_is_told_by_the_caption_and_one_that_differs_by_the_rows() -> None:
+    header, rows = ("Network", "A", "Profile"), (("M1", "1", "paper"), ("C1", "not measured yet", "–"))
+    for page in (shared := Table("tab-x", "A caption.", header, rows))._repr_markdown_(), shared._repr_html_():
+        assert "A caption. Profile paper." in page
+        assert page.count("paper") == 1
+    mixed = Table("tab-x", "A caption.", header, (*rows, ("C2", "2", "laptop")))._repr_markdown_()
+    assert "| Network | A | Profile |" in mixed
+    assert "| C2 | 2 | laptop |" in mixed
+
+
+def test_negative_numbers_have_a_minus_and_names_keep_their_hyphens() -> None:
+    row = ("FGSM-10", "-342", "-1.2e-09 (-0.5; +3)", "M1-b64", "2026-11-27")
+    shown = Table("tab-x", "x", ("A", "B", "C", "D", "E"), (row,))._repr_markdown_()
+    for cell in (
+        "FGSM-10",
+        "−342",
+        "−1.2e−09 (−0.5; +3)".replace(" ", "\u00a0").replace("\u00a0(", " ("),
+        "M1-b64",
+        "2026-11-27",
+    ):
+        assert f"| {cell} |" in shown
+
+
 def test_numbers_of_a_smaller_scale_get_no_difference() -> None:
     smaller = [Recorded(o.task, o.result, o.measurements, "laptop", papers_own=False) for o in invented("table7")]
     table = large_batch.robustness("table7", smaller, name="tab-x", caption="a caption")

@@ -13,7 +13,7 @@ from hessnb.experiments.spec import AttackAccuracy, RunSpec
 from hessnb.paper.origins import origins
 from hessnb.paper.published import published
 from hessnb.paper.recorded import Recorded, papers_own, profiles
-from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
+from hessnb.paper.tables import NOT_MEASURED, PROFILE, Table, mean_and_spread
 from hessnb.robustness import checklist
 
 ORIGINAL = "ORI"
@@ -89,7 +89,7 @@ def _table(table: str, outcomes: Sequence[Outcome], name: str, caption: str, *, 
             )
             cells.append(shown + beside)
         rows.append((network, *cells, *((profiles(runs),) if from_record else ())))
-    header = ("Network", "clean", *ATTACKS, "mean of attacks", *(("Profile",) if from_record else ()))
+    header = ("Network", "clean", *ATTACKS, "mean of attacks", *((PROFILE,) if from_record else ()))
     return Table(name, caption, header, tuple(rows), origins(outcomes))
 
 

@@ -21,7 +21,7 @@ from hessnb.models import inference
 from hessnb.paper.numbers import second_derivative
 from hessnb.paper.origins import origins
 from hessnb.paper.recorded import Recorded, profiles
-from hessnb.paper.tables import Table, mean_and_spread
+from hessnb.paper.tables import PROFILE, Table, mean_and_spread
 from hessnb.training import EVALUATION_BATCH
 
 # The sets whose loss is drawn, as a table calls them.
@@ -98,7 +98,7 @@ def curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table
         scale = (profiles(runs),) if recorded else ()
         rows.append((str(batch_size), *cells, mean_and_spread(ratios, "{:.1f}"), *scale))
     titles = [f"{title} loss" for title in SETS.values()]
-    header = ("Batch", "λ₁, certified", *titles, "test / training", *(("Profile",) if recorded else ()))
+    header = ("Batch", "λ₁, certified", *titles, "test / training", *((PROFILE,) if recorded else ()))
     return Table(name, caption, header, tuple(rows), origins(outcomes))
 
 

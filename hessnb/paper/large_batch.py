@@ -14,7 +14,7 @@ from hessnb.experiments.spec import SPLITS, AttackAccuracy, AttackSpec, InputCur
 from hessnb.paper.origins import origins
 from hessnb.paper.published import published
 from hessnb.paper.recorded import Recorded, papers_own, profiles
-from hessnb.paper.tables import NOT_MEASURED, TOO_FEW, Table, mean_and_spread
+from hessnb.paper.tables import NOT_MEASURED, PROFILE, TOO_FEW, Table, mean_and_spread
 from hessnb.statistics import spearman
 
 # Title, values, the paper's column if it has one, and how a value is written.
@@ -76,7 +76,7 @@ def iterated(outcomes: Sequence[Outcome], eps: float, *, name: str, caption: str
         rows.append((str(size), *cells, str(seeds), *((profiles(runs),) if from_record else ())))
     ranks = [_correlation(outcomes, _batch_size, column, "test") for column in columns.values()]
     rows.append(("correlation with it", *ranks, "–", *(("–",) if from_record else ())))
-    header = ("Batch", *columns, "Seeds", *(("Profile",) if from_record else ()))
+    header = ("Batch", *columns, "Seeds", *((PROFILE,) if from_record else ()))
     return Table(name, caption, header, tuple(rows), origins(outcomes))
 
 
@@ -201,7 +201,7 @@ def _table(
         )
     ]
     header = (*(("Network",) if several else ()), "Batch", *titles, *(("Epochs",) if epochs else ()), "Seeds")
-    return Table(name, caption, (*header, *(("Profile",) if from_record else ())), tuple(rows), origins(outcomes))
+    return Table(name, caption, (*header, *((PROFILE,) if from_record else ())), tuple(rows), origins(outcomes))
 
 
 def _both(pair: Sequence[Sequence[float]], form: str) -> str:

@@ -32,7 +32,7 @@ from hessnb.paper.landscapes import sample_losses
 from hessnb.paper.numbers import second_derivative, second_difference
 from hessnb.paper.origins import origins
 from hessnb.paper.recorded import Recorded, profiles
-from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
+from hessnb.paper.tables import NOT_MEASURED, PROFILE, Table, mean_and_spread
 from hessnb.precision import full_precision
 
 CONTROL = "control"
@@ -169,7 +169,7 @@ def curvature_after(
         "÷ ORI",
         "Smallest",
         "Negative",
-        *(("Profile",) if from_record else ()),
+        *((PROFILE,) if from_record else ()),
     )
     if not any(o.measurements for o in outcomes):
         rows = [("all", "all", NOT_MEASURED, *["–"] * (len(header) - 3))]

@@ -19,6 +19,12 @@ TOO_FEW = "too few"
 # What stands where a number is missing.
 STAND_INS = NOT_MEASURED, TOO_FEW
 
+# The title of a last column that names the scale at which each row was recorded.
+PROFILE = "Profile"
+
+# The hyphen of a negative number or exponent.
+_MINUS = re.compile(r"(?<![^\s(÷×±])-(?=\.?\d)|(?<=\de)-(?=\d)")
+
 _NUMBER = re.compile(r"[-−+×<>≤≥~(\s]*[.\d]")
 
 # Cells up to this many characters are numbers or names, longer ones text, which wraps and stands on the left.
@@ -32,7 +38,8 @@ _SPREAD = " ± "
 class Table:
     """A captioned table that shows itself: numbered Markdown in the book, HTML in Jupyter.
 
-    Below it, folded, stands where recorded numbers come from (``origins``, see `hessnb.paper.origins`).
+    A profile that all rows share is told by the caption. Below the table, folded, stands where recorded numbers come
+    from (``origins``, see `hessnb.paper.origins`).
     """
 
     name: str
@@ -42,21 +49,32 @@ class Table:
     origins: tuple[Origin, ...] = ()
 
     def _repr_markdown_(self) -> str:
-        body = markdown(self.header, self.rows)
-        table = f"```{{table}} {self.caption}\n:name: {self.name}\n:align: center\n\n{body}\n```\n"
+        caption, header, rows = self._shown()
+        body = markdown(header, rows)
+        table = f"```{{table}} {caption}\n:name: {self.name}\n:align: center\n\n{body}\n```\n"
         if not self.origins:
             return table
         told = [(f"[{o.cells[0]}]({o.address})" if o.address else o.cells[0], *o.cells[1:]) for o in self.origins]
         return f"{table}\n```{{dropdown}} {_FOLDED}\n{markdown(HEADER, told)}\n```\n"
 
     def _repr_html_(self) -> str:
-        table = _html(self.header, [[html.escape(cell) for cell in row] for row in self.rows], self.caption)
+        caption, header, rows = self._shown()
+        table = _html(header, [[html.escape(cell) for cell in row] for row in rows], caption)
         if not self.origins:
             return table
         told = [[html.escape(cell) for cell in o.cells] for o in self.origins]
         for cells, origin in zip(told, self.origins, strict=True):
             cells[0] = f'<a href="{origin.address}">{cells[0]}</a>' if origin.address else cells[0]
         return f"{table}<details><summary>{_FOLDED}</summary>{_html(HEADER, told)}</details>"
+
+    def _shown(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+        """Return caption, header and rows as the reader sees them."""
+        caption, header = self.caption, self.header
+        rows = [tuple(_MINUS.sub("−", cell) for cell in row) for row in self.rows]
+        if header[-1] == PROFILE and len(told := {row[-1] for row in rows} - {"–"}) <= 1:
+            caption = " ".join((caption, *(f"Profile {profile}." for profile in told)))
+            header, rows = header[:-1], [row[:-1] for row in rows]
+        return caption, header, rows
 
 
 _FOLDED = "Where these numbers come from"
