@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 
 import hessnb
 from hessnb import notebooks, staging
-from hessnb.errors import InputError, RunFailed
+from hessnb.errors import InputError, RunFailed, whole_number
 from hessnb.experiments.files import write_whole
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.provenance import device_name
@@ -70,10 +70,12 @@ def build(
     ``chapters`` limits which notebooks may run; those never executed run all the same. ``executed`` is a folder of
     notebooks that were executed elsewhere, which are published as they are.
 
-    Raises InputError for an unknown chapter or profile or a build that is already going on, and RunFailed, leaving
-    the last good HTML as it is, when a notebook raises or Jupyter Book warns.
+    Raises InputError for an unknown chapter or profile, less than one seed, or a build that is already going on, and
+    RunFailed, leaving the last good HTML as it is, when a notebook raises or Jupyter Book warns.
     """
     load_profile(parameters.profile)
+    if parameters.seeds is not None:
+        whole_number("seeds", parameters.seeds)
     may_run = notebooks.select(root, chapters)
     work = root / "book" / "_build"
     work.mkdir(parents=True, exist_ok=True)

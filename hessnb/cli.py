@@ -185,6 +185,8 @@ def record_command(
     if folder is None:
         raise InputError("there is no book around this folder; name the record's folder with --into")
     if check:
+        if artefacts:
+            raise InputError("--check is of the whole record: leave the artefacts out")
         faults = record.check(folder)
         for fault in faults:
             click.echo(fault, err=True)
@@ -221,8 +223,9 @@ def book_command(
 ) -> None:
     """Execute the notebooks and build the HTML in book/_build/html.
 
-    CHAPTERS (01, 03, ...) limits which notebooks may run. A notebook whose source, package, parameters and record are
-    unchanged does not run again. When one fails, or Jupyter Book warns, the last good HTML stays.
+    CHAPTERS (01, 03, ...) limits which notebooks may run; one that was never executed runs all the same. A notebook
+    whose source, package, parameters and record are unchanged does not run again. When one fails, or Jupyter Book
+    warns, the last good HTML stays.
     """
     from hessnb import book  # papermill and Sphinx are needed for this command alone
 
@@ -290,6 +293,11 @@ def store_export(
     """
     loaded, opened, limit = load_profile(profile), Store(store), _bytes(max_size)
     outcomes = held(opened, artefacts or list(grid.ARTEFACTS), loaded)
+    if not outcomes:
+        raise InputError(
+            f"{opened.root} holds no finished run of these under the profile {loaded.name}; hessnb status --all says "
+            "what there is"
+        )
     paths = archive.export(opened, folder, loaded.name, outcomes, weights=weights, max_size=limit)
     for path in paths:
         _say(f"wrote {path}")

@@ -1,5 +1,7 @@
 """The two errors that a user of hessnb is meant to read: each message says what is wrong, where, and what to do."""
 
+from numbers import Integral
+
 
 class InputError(ValueError):
     """Something given to hessnb (a name, a file, a number, a device) cannot be used; the command line exits with 2."""
@@ -12,3 +14,10 @@ class RunFailed(RuntimeError):
 def unknown(kind: str, name: object, known: list[str]) -> InputError:
     """Return the error for a name that is not among ``known``, listing what there is to choose from."""
     return InputError(f"unknown {kind} {name!r}; there is: {', '.join(known)}")
+
+
+def whole_number(name: str, value: int, least: int = 1) -> int:
+    """Return a count; raise InputError unless it is a whole number, not below ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} = {value!r}: it must be a whole number, at least {least}")
+    return value

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hessnb.curvature.checks import is_mean, varied
 from hessnb.errors import InputError, unknown
 from hessnb.points import Point, PointFile, Values, digest
 from hessnb.precision import full_precision
@@ -234,6 +235,8 @@ def _survey(
         for done, point in enumerate(missing, total - len(missing) + 1):
             move(*point)
             values[point] = _evaluate(network, loss_fn, data)
+            if point == missing[0]:
+                _check_means(network, loss_fn, data)
             if file:
                 file.append(point, values[point])
             if progress:
@@ -300,6 +303,14 @@ def _evaluate(network: nn.Module, loss_fn: LossFunction, data: dict[str, _Set]) 
             sums[1] += (output.argmax(1) == y).sum() if classes > 1 else math.nan
         means.append(sums / part.n)
     return {name: (loss, accuracy) for name, (loss, accuracy) in zip(data, torch.stack(means).tolist(), strict=True)}
+
+
+def _check_means(network: nn.Module, loss_fn: LossFunction, data: dict[str, _Set]) -> None:
+    """Raise InputError for a loss that is not a batch mean, of which no mean over all samples can be made."""
+    for part in data.values():
+        x, y = varied(part.batches)
+        output = network(x)
+        is_mean(loss_fn, output, y, loss_fn(output, y))
 
 
 def _estimate_statistics(network: nn.Module, batches: list[Tensor]) -> None:

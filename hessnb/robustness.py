@@ -30,7 +30,8 @@ def predictions(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> Interval:
-    """Return the share of samples (N, ...) whose label (N,) is predicted."""
+    """Return the share of samples (N, ...) whose label (N,) is predicted; raise InputError for other shapes."""
+    _check_labels(x, y)
     return proportion(int((predictions(model, x) == y).sum()), len(y))
 
 
@@ -61,9 +62,23 @@ def transfer(models: Mapping[str, nn.Module], sets: Mapping[str, Tensor], y: Ten
 
 
 def worst_case(model: nn.Module, attacked: Sequence[Tensor], y: Tensor) -> Interval:
-    """Return the share of samples that are right under each one of several attacks: the per-sample worst case."""
+    """Return the share of samples that are right under each one of several attacks: the per-sample worst case.
+
+    Raises InputError for no attack at all, and for as many samples as labels that are not (N,).
+    """
+    if not attacked:
+        raise InputError("there are no attacked samples: give those of at least one attack")
+    for x in attacked:
+        _check_labels(x, y)
     right = torch.stack([predictions(model, x) == y for x in attacked]).all(0)
     return proportion(int(right.sum()), len(y))
+
+
+def _check_labels(x: Tensor, y: Tensor) -> None:
+    if y.shape != (len(x),) or y.is_floating_point():
+        raise InputError(
+            f"{len(x)} samples and labels of shape {tuple(y.shape)}, {y.dtype}: give one whole number for each sample"
+        )
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,13 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Interval | None:
     """Return Spearman's rank correlation with the interval of Bonett and Wright (2000).
 
     None where it says nothing: for fewer than five pairs, or where one of the two does not vary. Raises InputError for
-    sequences of different lengths.
+    sequences of different lengths and values that are not finite.
     """
     n = len(x)
     if n != len(y):
         raise InputError(f"a correlation of {n} and {len(y)} values: give as many of one as of the other")
+    if not all(map(math.isfinite, (*x, *y))):
+        raise InputError("a correlation of values that are not all finite: leave the others out, in pairs")
     if n < 5 or len(set(x)) < 2 or len(set(y)) < 2:
         return None
     r = float(scipy.stats.spearmanr(x, y).statistic)

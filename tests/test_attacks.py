@@ -525,6 +525,9 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "eps of wrong shape": ({"eps": torch.zeros(3)}, r"shape \(3,\)"),
     "one bad eps": ({"eps": torch.tensor([0.1, -1.0, 0.1, 0.1])}, "eps = -1"),
     "reversed bounds": ({"bounds": (1.0, 0.0)}, "below the upper"),
+    "bounds of channels": ({"bounds": (torch.zeros(3, 1, 1), torch.ones(3, 1, 1))}, "give two numbers"),
+    "one bound": ({"bounds": 1.0}, "give two numbers"),
+    "three bounds": ({"bounds": (0.0, 0.5, 1.0)}, "give two numbers"),
     "inputs outside": ({"bounds": (0.4, 0.6)}, "outside the bounds"),
     "no batch": ({"batch_size": 0}, "batch_size = 0"),
     "unknown precision": ({"precision": "half"}, "unknown precision 'half'"),
@@ -563,6 +566,39 @@ def test_bad_options_are_refused(run: Callable[..., Tensor], options: dict[str, 
     model, (x, y) = network("wide"), samples(4)
     with pytest.raises(InputError, match=message):
         run(model, x, y, eps=0.1, **options)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.1307, 0.3081), (0.4914, 0.247), (0.406, 0.225)])
+def test_bounds_of_inputs_that_were_normalised_in_float32_are_theirs(mean: float, deviation: float) -> None:
+    model, (x, y) = network("wide").float(), samples(4)
+    x = (x - x.amin()) / (x.amax() - x.amin())  # with pixels at both ends
+    bounds = ((0 - mean) / deviation, (1 - mean) / deviation)
+    found = fgsm(model, (x.float() - mean) / deviation, y, eps=0.1, bounds=bounds)
+    assert bounds[0] - 1e-6 <= float(found.min()) <= float(found.max()) <= bounds[1] + 1e-6
+    with pytest.raises(InputError, match="outside the bounds"):
+        fgsm(model, (x.float() - mean) / deviation, y, eps=0.1, bounds=(bounds[0] + 1e-4, bounds[1]))
+
+
+@pytest.mark.parametrize("attack", ALL)
+def test_a_list_of_lengths_is_one_for_each_sample(attack: str) -> None:
+    model, (x, y) = network("wide"), samples(4)
+    sizes = [0.0, 0.05, 0.1, 0.2]
+    assert torch.equal(
+        ALL[attack](model, x, y, eps=sizes), ALL[attack](model, x, y, eps=torch.tensor(sizes, dtype=torch.float64))
+    )
+
+
+@pytest.mark.parametrize("attack", ["fhsm cg", "l2_hessian cg"])
+@pytest.mark.parametrize("kind", ["wide", "smooth"])
+def test_second_order_attacks_take_labels_made_under_inference_mode_and_of_any_integer_type(
+    attack: str, kind: str
+) -> None:
+    model, (x, y) = network(kind), samples(4)
+    expected = ALL[attack](model, x, y, eps=0.1)
+    with torch.inference_mode():
+        labels = y.clone()
+    for other in (labels, y.to(torch.uint8), y.to(torch.int16)):
+        assert torch.equal(ALL[attack](model, x, other, eps=0.1), expected)
 
 
 @pytest.mark.parametrize("attack", ALL)

@@ -185,7 +185,7 @@ def test_time_is_read(text: str, seconds: float) -> None:
     assert seconds_of(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "9", "9 m", "m", "-3m", "0s", "3m2h", "nine minutes", "1e3s", "infs"])
+@pytest.mark.parametrize("text", ["", "9", "9 m", "m", "-3m", "0s", "3m2h", "nine minutes", "1e3s", "infs", "9000h"])
 def test_time_that_cannot_be_read_is_an_input_error(text: str) -> None:
     with pytest.raises(InputError, match="90s, 9m or 2h30m"):
         seconds_of(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -586,7 +587,10 @@ def test_limit_on_products_is_kept_and_said() -> None:
     [
         ({"k": 0}, "k = 0"),
         ({"k": 7}, "1 to 6 eigenvalues"),
+        ({"k": 2.5}, "k = 2.5: it must be a whole number"),
+        ({"k": True}, "k = True"),
         ({"k": 1, "tol": 0.0}, "tol"),
+        ({"k": 1, "tol": math.inf}, "tol = inf"),
         ({"k": 1, "which": "SM"}, "which"),
         ({"k": 1, "tol": float("nan")}, "tol"),
         ({"k": 3, "max_matvecs": 2}, "max_matvecs"),

@@ -164,6 +164,17 @@ def test_several_sets_at_once_have_the_losses_and_accuracies_of_the_network(digi
         assert found.losses[name].dtype == found.accuracies[name].dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]).double())]
+)
+def test_a_loss_that_is_no_mean_is_refused_before_anything_is_kept(loss: nn.Module, tmp_path: Path) -> None:
+    x, y = samples()
+    for name, batches in {"mixed": batched(x, y, 5), "by class": [(x[c == y], y[c == y]) for c in range(3)]}.items():
+        with pytest.raises(InputError, match="not a batch mean"):
+            along(network(), loss, {"all": batches}, drawn(network()), LINE, keep=tmp_path / name)
+    assert not any(path.read_text().count("\n") > 1 for path in tmp_path.iterdir())
+
+
 def test_losses_of_a_float32_network_are_weighted_in_float64() -> None:
     x, y = samples()
     a_tenth = torch.tensor(0.1)  # whose multiples float32 rounds
@@ -348,7 +359,7 @@ def test_models_are_untouched(kind: str, fail_at: int, untouched: Callable[..., 
 @pytest.mark.parametrize("kind", ["along", "on_plane", "between"])
 def test_rerun_computes_only_the_missing_points(kind: str, tmp_path: Path) -> None:
     first, second, sets = network(seed=0), network(seed=1), {"a": batched(*samples(), 9), "b": [samples(7, 1)]}
-    calls_a_point = 3 + 1
+    calls_a_point, check = 3 + 1, 2 * 3  # once, after the first point: that the loss is a mean
 
     def survey(keep: Path | None, fail_at: int = -1) -> tuple[Landscape, int, list[tuple[int, int]]]:
         loss_fn, seen = Counted(fail_at=fail_at), list[tuple[int, int]]()
@@ -366,13 +377,13 @@ def test_rerun_computes_only_the_missing_points(kind: str, tmp_path: Path) -> No
         return found, loss_fn.calls, seen
 
     fresh, calls, seen = survey(None)
-    assert calls == 6 * calls_a_point
+    assert calls == check + 6 * calls_a_point
     assert seen == [(done, 6) for done in range(7)]
     path = tmp_path / "points.jsonl"
     with pytest.raises(RuntimeError, match="stopped"):
-        survey(path, fail_at=3 * calls_a_point)
+        survey(path, fail_at=check + 3 * calls_a_point)
     found, calls, seen = survey(path)
-    assert calls == 4 * calls_a_point
+    assert calls == check + 4 * calls_a_point
     assert seen == [(done, 6) for done in range(2, 7)]
     assert_same(found, fresh)
     content = path.read_bytes()
@@ -380,7 +391,7 @@ def test_rerun_computes_only_the_missing_points(kind: str, tmp_path: Path) -> No
     assert len(lines) == 1 + 6
     path.write_bytes(b"".join(lines[:4]) + lines[4][: len(lines[4]) // 2])  # a kill in the middle of the fourth point
     found, calls, _ = survey(path)
-    assert calls == 3 * calls_a_point
+    assert calls == check + 3 * calls_a_point
     assert_same(found, fresh)
     assert path.read_bytes() == content
     found, calls, seen = survey(path)
@@ -395,7 +406,7 @@ def test_finer_grid_reuses_the_points_of_the_coarser_one(tmp_path: Path) -> None
     along(model, coarse, sets, drawn(model), LINE[::2], keep=path)
     positions = [*LINE.tolist(), *LINE.tolist()]  # each twice
     found = along(model, fine, sets, drawn(model), positions, keep=str(path))
-    assert (coarse.calls, fine.calls) == (5, 4)
+    assert (coarse.calls, fine.calls) == (3 + 5, 3 + 4)  # three for the check that the loss is a mean
     assert_same(found, along(model, Counted(), sets, drawn(model), positions))
 
 

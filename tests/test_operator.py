@@ -383,6 +383,30 @@ def test_a_module_name_stands_for_the_modules_below_it_but_not_for_names_that_be
     assert all(name.startswith("0.residual.") for name in residual.names)
 
 
+def test_tied_weights_belong_to_each_module_that_has_them() -> None:
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 4, bias=False), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4)
+    ).double()
+    model[4].weight = model[3].weight
+    H = HessianOperator(model, F.cross_entropy, [samples()], parameters=["4"])
+    assert H.names == ("3.weight", "4.bias")
+    whole = HessianOperator(model, F.cross_entropy, [samples()])
+    assert whole.names == ("1.weight", "3.weight", "3.bias", "4.bias")
+    rows = torch.cat([torch.arange(256, 272), torch.arange(276, 280)])
+    assert_near(H.dense(), whole.dense()[rows][:, rows])
+    by_name = HessianOperator(model, F.cross_entropy, [samples()], parameters=["4.weight"])
+    assert by_name.names == ("3.weight",)
+
+
+def test_samples_may_be_chosen_from_batches_of_different_shapes() -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool1d(4), nn.Flatten(), nn.Linear(4, 4)).double()
+    pairs = [(normal(3, 1, length, seed=length), torch.arange(3) % 4) for length in (5, 9, 5)]
+    chosen = [0, 4, 8, 4]
+    alone = [(pairs[i // 3][0][i % 3][None], pairs[i // 3][1][i % 3][None]) for i in chosen]
+    H = HessianOperator(model, F.cross_entropy, pairs, samples=chosen)
+    assert_near(H.dense(), HessianOperator(model, F.cross_entropy, alone).dense())
+
+
 def test_frozen_parameters_are_constants_when_the_others_are_named() -> None:
     model = network()
     model.get_submodule("5").requires_grad_(False)
@@ -772,6 +796,18 @@ class Mapped(nn.Module):
         return result
 
 
+class Apply(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.function.apply(x)
+        return result
+
+
 class Pair(nn.Module):
     """Returns its outputs and something else."""
 
@@ -1043,12 +1079,67 @@ def test_a_generator_is_read_once_and_believed() -> None:
     [
         pytest.param(batches(X[Y.argsort()], Y.sort().values, 3), id="sorted by class"),
         pytest.param([(X[:1], Y[:1]), (X[1:], Y[1:])], id="first of one sample"),
+        pytest.param([(X[c == Y], Y[c == Y]) for c in range(4)], id="one class each"),
+        pytest.param(batches(X, Y, 1), id="one sample each"),
     ],
 )
 def test_weights_of_classes_are_found_even_if_the_first_batch_does_not_show_them(
     pairs: list[tuple[Tensor, Tensor]], loss: LossFunction
 ) -> None:
     refused(lambda: HessianOperator(network(), loss, pairs), "not a batch mean", "without class weights")
+
+
+def test_samples_that_depend_on_each_other_are_found_even_if_the_first_batch_is_a_single_one() -> None:
+    model = Mapped(lambda x: x - x.mean(0))
+    for pairs in ([(X[:1], Y[:1]), (X[1:], Y[1:])], batches(X, Y, 1)):
+        refused(lambda: HessianOperator(model, F.cross_entropy, pairs), "depend on the others", "look for")  # noqa: B023
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_sum_is_not_taken_for_a_mean_in_any_precision(dtype: torch.dtype) -> None:
+    model, summed = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).to(dtype), nn.CrossEntropyLoss(reduction="sum")
+    refused(lambda: HessianOperator(model, summed, [(X.to(dtype), Y)]), "not a batch mean", "reduction='mean'")
+    assert HessianOperator(model, F.cross_entropy, [(X.to(dtype), Y)]).n_samples == 23
+
+
+class NoFunction(torch.autograd.Function):
+    """The identity, whose gradient is claimed to be one of no function at all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        result: Tensor = slope * x.roll(1, 1)
+        return result
+
+
+def weight_normalised() -> nn.Module:
+    norm = nn.utils.parametrizations.weight_norm
+    return nn.Sequential(nn.Flatten(), norm(nn.Linear(64, 5)), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+@pytest.mark.parametrize(
+    "make", [weight_normalised, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4), Apply(NoFunction)).double()]
+)
+def test_second_derivatives_that_are_not_symmetric_are_refused(make: Callable[[], nn.Module]) -> None:
+    refused(lambda: HessianOperator(make(), F.cross_entropy, [(X, Y)]), "not symmetric", "remove_parametrizations")
+    assert GGNOperator(make(), F.cross_entropy, [(X, Y)]).n_samples == 23
+
+
+def test_without_its_parametrisation_a_normalised_layer_has_the_dense_hessian() -> None:
+    model = weight_normalised()
+    nn.utils.parametrize.remove_parametrizations(model.get_submodule("1"), "weight")
+    assert_near(HessianOperator(model, F.cross_entropy, [(X, Y)]).dense(), dense_hessian(model, X, Y, F.cross_entropy))
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(12, 4))
+    pairs = [(torch.randint(10, (6, 3)), torch.arange(6) % 4)]
+    refused(lambda: HessianOperator(model, F.cross_entropy, pairs), "0 has sparse gradients", "sparse=False")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

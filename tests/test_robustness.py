@@ -67,6 +67,19 @@ def test_worst_case_counts_a_sample_that_any_attack_fools() -> None:
     assert worst_case(line(), [up, down], Y).value == pytest.approx(3 / 6)
 
 
+@pytest.mark.parametrize("y", [Y[:, None], Y[:1], Y[:5], Y.double(), torch.zeros(6, 2, dtype=torch.int64)])
+def test_labels_that_are_not_one_whole_number_for_each_sample_are_refused(y: Tensor) -> None:
+    with pytest.raises(InputError, match="give one whole number for each sample"):
+        accuracy(line(), X, y)
+    with pytest.raises(InputError, match="give one whole number for each sample"):
+        worst_case(line(), [X], y)
+
+
+def test_no_attack_has_no_worst_case() -> None:
+    with pytest.raises(InputError, match="at least one attack"):
+        worst_case(line(), [], Y)
+
+
 def test_agreement_compares_predictions_of_the_same_samples() -> None:
     first = predictions(line(), X)
     assert torch.equal(first, Y)

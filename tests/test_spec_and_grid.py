@@ -202,6 +202,7 @@ def _with(tmp_path: Path, old: str, new: str) -> Path:
         ("lr = 0.05", "lr = -0.05", "lr"),
         ("batch_sizes = [20, 100]", 'batch_sizes = ["20"]', "batch_sizes"),
         ("batch_sizes = [20, 100]", "batch_sizes = []", "batch_sizes"),
+        ("batch_sizes = [20, 100]", "batch_sizes = [20, 100000]", r"large_batch.M1.*100,000 samples"),
         ("[large_batch.M1]", "[large_batch.M2]", "M1"),
         ("[adversarial.C3]", "[adversarial.C4]", "C3"),
         ("seeds = 1", "seeds = = 1", "TOML"),

@@ -81,6 +81,13 @@ def test_too_few_or_constant_values_have_no_correlation() -> None:
         spearman([1, 2, 3, 4, 5], [1, 2, 3, 4])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_values_that_are_not_finite_have_no_correlation(bad: float) -> None:
+    for x, y in (([5, 4, bad, 2, 1], [1, 2, 3, 4, 5]), ([1, 2, 3, 4, 5], [5, 4, bad, 2, 1])):
+        with pytest.raises(InputError, match="not all finite"):
+            spearman(x, y)
+
+
 def test_interval_is_written_with_its_bounds() -> None:
     assert f"{proportion(81, 263):.3f}" == "0.308 (0.255 to 0.366)"
 

@@ -27,22 +27,22 @@ def inside(bounds: Bounds, x: Tensor) -> None:
     """Raise InputError for bounds that are none, and for inputs outside them, which clipping would change at once."""
     if bounds is None:
         return
-    low, high = bounds
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"bounds = {bounds}: give two numbers, the same for all channels; where channels are normalised each by "
+            "its own, put the normalisation into the network's first layer"
+        ) from None
     if not low < high:
         raise InputError(f"bounds = {bounds}: the lower bound must be below the upper; None does not clip")
     least, most = map(float, torch.aminmax(x))
-    if least < low or most > high:
+    slack = 4 * torch.finfo(x.dtype).eps * max(abs(low), abs(high))  # what normalising in this precision rounds
+    if least < low - slack or most > high + slack:
         raise InputError(
             f"the inputs go from {least:g} to {most:g}, outside the bounds {bounds}: scale them, put normalisation "
             "into the network's first layer, or give their bounds (None does not clip)"
         )
-
-
-def at_least_one(name: str, value: int) -> int:
-    """Return a count; raise InputError unless it is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} = {value!r}: it must be a whole number, at least 1")
-    return value
 
 
 def not_negative(name: str, value: float) -> float:

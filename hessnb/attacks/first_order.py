@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hessnb.attacks.ball import Bounds, Norm
 from hessnb.attacks.directions import gradient
 from hessnb.attacks.loop import Attack, Perturbation, Precision, Scale, perturb
+from hessnb.errors import whole_number
 
 
 @Attack
@@ -91,7 +92,9 @@ def pgd(
     The first start is x, the others are drawn from the ball with ``generator`` (of the CPU; seed 0 unless given), for
     all samples before the first step. ``step_size``, in the units of eps, is 2.5 eps / steps unless given.
     """
-    step_size = 2.5 / steps * eps if step_size is None and steps else step_size
+    whole_number("steps", steps)
+    if step_size is None:
+        step_size = 2.5 / steps * torch.as_tensor(eps, dtype=torch.float64)
     return perturb(
         model, x, y, gradient, eps=eps, norm=norm, scale=scale, bounds=bounds, precision=precision,
         batch_size=batch_size, steps=steps, step_size=step_size, restarts=restarts, generator=generator,

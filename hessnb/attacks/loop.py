@@ -20,6 +20,7 @@ from hessnb.attacks.ball import Ball, Bounds, Norm, normalised, unit_ball
 from hessnb.curvature.checks import finite_gradients
 from hessnb.curvature.closed_form import require_piecewise_linear
 from hessnb.curvature.evaluation import check_samples, evaluation, in_float64, twice_differentiable
+from hessnb.errors import whole_number
 
 Precision = Literal["float64", "own", "plain"]
 Scale = Literal["sqrt_dim", "unit"]
@@ -115,9 +116,9 @@ def perturb(
     """
     check_samples(model, x, y, probes=2)  # one gradient of a small batch costs little more than many probes
     radius = checks.per_sample("eps", eps, x)
-    length = radius / checks.at_least_one("steps", steps)
+    length = radius / whole_number("steps", steps)
     length = length if step_size is None else checks.per_sample("step_size", step_size, x)
-    checks.at_least_one("restarts", restarts)
+    whole_number("restarts", restarts)
     checks.inside(bounds, x)
     checks.among("norm", norm, ["linf", "l2"])
     checks.among("scale", scale, ["sqrt_dim", "unit"])
@@ -126,7 +127,7 @@ def perturb(
         batch_size = 50 if x.device.type == "cpu" else 1000
     unit = math.sqrt(x[0].numel()) if scale == "sqrt_dim" else 1.0
     generator = generator or torch.Generator().manual_seed(0)
-    checks.at_least_one("batch_size", batch_size)
+    whole_number("batch_size", batch_size)
     if curvature == "closed_form":
         require_piecewise_linear(model, x, remedy="solver='cg', as fhsm and l2_hessian have it")
     kept: list[Perturbation] = []

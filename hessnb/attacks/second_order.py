@@ -17,7 +17,7 @@ from hessnb.attacks import checks
 from hessnb.attacks.ball import Bounds, Norm
 from hessnb.attacks.directions import best_damping, conjugate_gradients, nearest, newton
 from hessnb.attacks.loop import Attack, Direction, Perturbation, Precision, Scale, perturb
-from hessnb.errors import InputError
+from hessnb.errors import InputError, whole_number
 
 Solver = Literal["cg", "exact"]
 
@@ -140,6 +140,6 @@ def _solved(solver: Solver, cg_steps: int, damping: float, tol: float) -> Direct
     checks.not_negative("damping", damping)
     checks.among("solver", solver, ["cg", "exact"])
     if solver == "cg":
-        steps = checks.at_least_one("cg_steps", cg_steps)
+        steps = whole_number("cg_steps", cg_steps)
         return partial(conjugate_gradients, steps=steps, damping=damping, tol=checks.not_negative("tol", tol))
     return partial(newton, damping=damping)

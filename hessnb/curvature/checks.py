@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -19,22 +20,26 @@ def chosen_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str
     Raises InputError for a model without parameters, an unknown name, a frozen parameter, mixed devices or dtypes,
     or weights that are not finite.
     """
-    every = dict(model.named_parameters())
+    every = dict(model.named_parameters())  # one that is tied has its first name
     if not every:
         raise InputError("the model has no trainable parameter, so its Hessian has no rows")
     if names is not None:
         names = [names] if isinstance(names, str) else list(names)
+        aliases = dict(model.named_parameters(remove_duplicate=False))
+        meant = set()
         for name in names:
-            if not any(p == name or p.startswith(f"{name}.") for p in every):
+            below = [id(value) for alias, value in aliases.items() if alias == name or alias.startswith(f"{name}.")]
+            if not below:
                 raise unknown("parameter or module", name, list(every))
-        every = {p: value for p, value in every.items() if any(p == n or p.startswith(f"{n}.") for n in names)}
+            meant.update(below)
+        every = {name: value for name, value in every.items() if id(value) in meant}
         if not every:
             raise InputError("parameters = []: name at least one parameter or module")
     frozen = [name for name, p in every.items() if not p.requires_grad]
     if frozen:
         raise InputError(
             f"{', '.join(frozen)}: requires_grad is False; unfreeze with .requires_grad_(), or leave out with "
-            "parameters=[the names of the others]"
+            "parameters=[name for name, p in model.named_parameters() if p.requires_grad]"
         )
     sound_model(model)
     return every
@@ -46,6 +51,9 @@ def sound_model(model: nn.Module) -> None:
         found = {str(getattr(p, what)) for p in model.parameters()}
         if len(found) > 1:
             raise InputError(f"the parameters have different {what}s ({', '.join(sorted(found))}); use model.to(...)")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise InputError(f"{name} has sparse gradients, which cannot be differentiated again: make it sparse=False")
     for name, tensor in _named(model):
         _check_differentiable(name, tensor)
         if tensor.is_floating_point() and not finite(tensor):
@@ -142,11 +150,13 @@ def model_and_loss(
     x: Tensor,
     y: Tensor,
 ) -> None:
-    """Raise InputError unless the outputs of one batch are a fixed function of each sample, and the loss their mean."""
+    """Raise InputError unless the outputs of one batch are a fixed function of each sample, and the loss their mean.
+
+    `varied` gives a batch on which faults show that those of a data set may hide.
+    """
     independent_samples(model, forward, x)
     with torch.no_grad():
         outputs = forward(x)
-        eps = torch.finfo(outputs.dtype).eps
         try:
             loss = loss_fn(outputs, y)
         except RuntimeError as error:
@@ -163,7 +173,7 @@ def model_and_loss(
             raise InputError(
                 f"the loss of the first batch is {loss.item()}; look for overflow in the outputs, or class weights"
             )
-        if abs(loss - loss_fn(outputs, y)) > 1e3 * eps * abs(loss):
+        if abs(loss - loss_fn(outputs, y)) > _rounding(outputs) * abs(loss):
             raise InputError("the loss is random: it differs when it is computed twice from the same outputs")
         is_mean(loss_fn, outputs, y, loss)
 
@@ -180,11 +190,71 @@ def is_mean(loss_fn: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, y: Ten
     total = sum(size for size, _ in losses)
     expected = sum(size * part for size, part in losses) / total
     scale = sum(size * abs(part) for size, part in losses) / total
-    eps = torch.finfo(outputs.dtype).eps
-    if abs(loss - expected) > 1e3 * eps * scale + eps:
+    if abs(loss - expected) > _rounding(outputs) * scale + torch.finfo(outputs.dtype).eps:
         raise InputError(
             f"the loss is not a batch mean: {loss.item():.6g} over a batch, {float(expected):.6g} as the mean over its "
             "parts; use reduction='mean', without class weights or ignored labels"
+        )
+
+
+def varied(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Return a few samples that differ as much as they can: one of each label, or one of each batch; at most 64.
+
+    Within a batch of one sample or one label, class weights and dependence on the other samples do not show.
+    """
+    alike = [(x, y) for x, y in pairs if (x.shape[1:], y.shape[1:]) == (pairs[0][0].shape[1:], pairs[0][1].shape[1:])]
+    if all(y.ndim == 1 and not y.is_floating_point() for _, y in alike):
+        of_label: dict[int, tuple[Tensor, Tensor]] = {}
+        for x, y in alike:
+            for label in sorted(set(y.unique().tolist()) - of_label.keys())[: 64 - len(of_label)]:
+                first = int((y == label).nonzero()[0])
+                of_label[label] = x[first : first + 1], y[first : first + 1]
+        picked = list(of_label.values())
+    else:
+        picked = []
+    picked += [(x[:1], y[:1]) for x, y in alike[: 64 - len(picked)]]
+    return torch.cat([x for x, _ in picked]), torch.cat([y for _, y in picked])
+
+
+def _rounding(outputs: Tensor) -> float:
+    """Return how far two computations of a loss or of outputs may be apart, relatively, by rounding alone."""
+    eps = float(torch.finfo(outputs.dtype).eps)
+    return min(1e3 * eps, math.sqrt(eps))  # the latter for half precision
+
+
+def symmetric(forward: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: Tensor) -> None:
+    """Raise InputError unless the second derivative of the outputs, by the parameters, is symmetric on a few samples.
+
+    All that is done with a Hessian rests on it, and not every layer's derivative can be differentiated again: that of
+    weight normalisation is wrong in PyTorch, and a gradient written by hand may be that of no function.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    outputs = forward(x)
+    slope = (outputs * drawn(outputs)).sum()
+    gradient = torch.autograd.grad(slope, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+    gradient = tuple(part if part.requires_grad else part.requires_grad_() for part in gradient)
+    u, v = ([drawn(p) for p in parameters] for _ in range(2))
+    Hu, Hv = (
+        torch.autograd.grad(gradient, parameters, w, retain_graph=again, allow_unused=True, materialize_grads=True)
+        for w, again in ((u, True), (v, False))
+    )
+
+    def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+        return sum(float((s.double() * t.double()).sum()) for s, t in zip(a, b, strict=True))
+
+    # Of random vectors, so that this is the size of either side where n is large.
+    scale = (dot(u, u) * dot(Hv, Hv) / sum(p.numel() for p in parameters)) ** 0.5
+    allowed = 10 * torch.finfo(outputs.dtype).eps ** 0.5 * scale
+    if abs(dot(u, Hv) - dot(v, Hu)) > allowed:
+        raise InputError(
+            f"the second derivative of the model is not symmetric: u H v = {dot(u, Hv):.6g} and v H u = "
+            f"{dot(v, Hu):.6g}. PyTorch's weight normalisation is known for it "
+            "(torch.nn.utils.parametrize.remove_parametrizations makes it a plain layer); otherwise look for a "
+            "gradient that is written by hand"
         )
 
 
@@ -198,15 +268,15 @@ def independent_samples(model: nn.Module, forward: Callable[[Tensor], Tensor], x
     with torch.no_grad():
         outputs = forward(x)
         scale = outputs.abs().amax() if outputs.numel() else 0.0
-        eps = torch.finfo(outputs.dtype).eps
-        if (outputs - forward(x)).abs().amax() > 1e3 * eps * scale:
+        if (outputs - forward(x)).abs().amax() > _rounding(outputs) * scale:
             raise InputError(
                 "the model is random in eval mode too: look for dropout that is always on, such as "
                 "F.dropout(x) without training=self.training"
             )
         half = len(x) // 2
         parts = [(outputs[:half], x[:half]), (outputs[half:], x[half:])] if half else []
-        if any((expected - forward(part)).abs().amax() > eps**0.5 * scale for expected, part in parts):
+        allowed = torch.finfo(outputs.dtype).eps ** 0.5 * scale
+        if any((expected - forward(part)).abs().amax() > allowed for expected, part in parts):
             raise InputError(
                 "the outputs of a sample depend on the others in its batch: look for normalisation by batch statistics"
             )

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from hessnb.curvature.krylov import Krylov, KrylovState, SymmetricOperator, product
-from hessnb.errors import InputError, unknown
+from hessnb.errors import InputError, unknown, whole_number
 from hessnb.pace import Pace
 
 
@@ -158,10 +158,8 @@ def spectral_density(
     Raises InputError for n_probes or n_steps below 1, a state of another operator or of other rules, or a product that
     is not finite.
     """
-    if n_probes < 1:
-        raise InputError(f"n_probes = {n_probes}: the density needs at least 1 probe, and 2 for an error bar")
-    if n_steps < 1:
-        raise InputError(f"n_steps = {n_steps}: each probe needs at least 1 step of Lanczos")
+    whole_number("n_probes", n_probes)
+    whole_number("n_steps", n_steps)
     n = H.shape[0]
     limit = min(n_steps, n)
     generator = generator or torch.Generator().manual_seed(0)
@@ -220,7 +218,7 @@ def trace(
     fewest = {"hutch++": 3, "hutchinson": 2}
     if method not in fewest:
         raise unknown("method", method, list(fewest))
-    if n_matvecs < fewest[method]:
+    if whole_number("n_matvecs", n_matvecs) < fewest[method]:
         raise InputError(f"n_matvecs = {n_matvecs}: the method {method!r} needs at least {fewest[method]} products")
     n = H.shape[0]
     if n_matvecs >= n:

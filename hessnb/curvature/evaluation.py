@@ -101,6 +101,7 @@ def cross_entropy_in_differences(logits: Tensor, y: Tensor) -> Tensor:
     However confident the network, the logits enter only by their differences to the largest: all curvature comes from
     the small probabilities of the other classes, not from one minus a probability that rounds to one.
     """
+    y = y.to(torch.int64).clone()  # labels of any integer type, also made under inference_mode
     top = logits.detach().argmax(1, keepdim=True)
     others = (top + torch.arange(1, logits.shape[1], device=logits.device)) % logits.shape[1]
     best = logits.gather(1, top)
@@ -111,7 +112,7 @@ def cross_entropy_in_differences(logits: Tensor, y: Tensor) -> Tensor:
 def check_samples(model: nn.Module, x: Tensor, y: Tensor | None, probes: int = PROBES) -> None:
     """Raise InputError unless samples x (N, ...), labels y (N,) and model fit together, and samples are independent.
 
-    ``probes`` is how many samples are looked at for the latter.
+    ``probes`` is how many samples are looked at for the latter; with 0 they may depend on each other.
     """
     if len(x) == 0:
         raise InputError("there are no inputs: give at least one sample")
@@ -134,15 +135,16 @@ def check_samples(model: nn.Module, x: Tensor, y: Tensor | None, probes: int = P
         raise InputError("the model's outputs are not finite: look for NaN in the weights")
     if y is not None:
         checks.labels(outputs, pairs)
-    with evaluation(model):
-        checks.independent_samples(model, lambda part: model(part.clone()), x[:probes])
+    if probes:
+        with evaluation(model):
+            checks.independent_samples(model, lambda part: model(part.clone()), x[:probes])
 
 
 def in_chunks(
     model: nn.Module, x: Tensor, y: Tensor | None, memory: int, extra: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Go through samples and labels in chunks of about ``memory`` bytes: three graphs' worth and ``extra`` a sample."""
-    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y.to(torch.int64).clone()
     graph = held_bytes(lambda: differentiable(model, x[:1]), [*model.parameters(), *model.buffers()])
     size = max(1, memory // max(1, 3 * graph + extra))  # a graph that is only views holds nothing
     yield from zip(x.split(size), labels.split(size), strict=True)

@@ -25,8 +25,6 @@ from hessnb.curvature.evaluation import (
 )
 from hessnb.curvature.input_lanczos import eigenvalues_by_lanczos, solve_by_lanczos
 from hessnb.errors import InputError, unknown
-from hessnb.models import eval_mode
-from hessnb.precision import full_precision
 
 Method = Literal["auto", "closed_form", "lanczos"]
 
@@ -175,12 +173,12 @@ def input_hessian(model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool = 
     chapter 02; the samples then depend on each other, and what is returned are the diagonal blocks of the Hessian of
     the summed loss. The model's running statistics are left as they were.
 
-    Raises InputError when the numbers of inputs and labels differ or are zero, or outputs are not finite.
+    Raises InputError for samples, labels and a model that do not fit together, outputs that are not finite, and, but
+    for ``train_mode``, samples that depend on each other.
     """
-    if len(x) != len(y) or len(x) == 0:
-        raise InputError(f"{len(x)} inputs and {len(y)} labels: give as many labels as inputs, at least one")
+    check_samples(model, x, y, **({"probes": 0} if train_mode else {}))
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    with eval_mode(model), full_precision(), torch.enable_grad():
+    with evaluation(model):
         if train_mode:
             model.train()
         # In the memory layout of the closed form: other kernels round otherwise, and take the other side of a kink.

@@ -77,12 +77,14 @@ class CurvatureOperator(ABC):
             checks.data(pairs, self.device, self.dtype)
             with torch.no_grad():
                 checks.labels(self._forward(pairs[0][0][:1]), pairs)
-            checks.model_and_loss(model, self._forward, loss_fn, *pairs[0])
+            for x, y in (pairs[0], checks.varied(pairs)):
+                checks.model_and_loss(model, self._forward, loss_fn, x, y)
             if again is not None:
                 checks.same_samples(every, again, self._mean_loss)
             self._batches = [_Batch(x, y, len(x) / self.n_samples) for x, y in pairs]
             self._check_all_used()
             self._cheap = self._is_cheap_right()
+            self._check_derivatives()
             self._keep_graphs(available_memory(self.device) // 2 if graph_memory is None else graph_memory)
 
     # -- products -------------------------------------------------------------------------------------------------
@@ -150,6 +152,10 @@ class CurvatureOperator(ABC):
         The operator keeps it, so it must not hold on to the operator: the graphs go when that goes, not when Python
         next looks for circles.
         """
+
+    @abstractmethod
+    def _check_derivatives(self) -> None:
+        """Raise InputError for a model whose derivatives are not what the products rest on."""
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
@@ -258,8 +264,13 @@ class HessianOperator(CurvatureOperator):
     Raises InputError, naming cause and remedy, for an empty data set, NaN in data or weights, labels out of range,
     mixed devices or dtypes, parameters that are frozen or unused, a loss that is not a batch mean, batches that change
     from one pass to the next, a model or loss that is random, or samples that depend on each other through batch
-    statistics. A product raises it when weights or data were changed after the operator was made.
+    statistics, or a second derivative that is not symmetric. A product raises it when weights or data were changed
+    after the operator was made, in a way that PyTorch counts: not through ``.data`` or NumPy.
     """
+
+    def _check_derivatives(self) -> None:
+        with self._layers():
+            checks.symmetric(self._forward, self._parameters, self._batches[0].x[:2])
 
     def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
         parameters = self._parameters
@@ -285,6 +296,9 @@ class GGNOperator(CurvatureOperator):
     model linearised in its parameters; for cross-entropy and the squared loss it is positive semidefinite, and equal to
     the Fisher information. Arguments and errors are those of `HessianOperator`.
     """
+
+    def _check_derivatives(self) -> None:
+        pass  # J^T A J is symmetric whatever J is
 
     def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
         parameters = self._parameters
@@ -320,13 +334,14 @@ def _select(pairs: list[tuple[Tensor, Tensor]], samples: Tensor | Sequence[int])
         raise InputError(f"samples: indices from {indices.min()} to {indices.max()}; there are {n} samples, from 0 on")
     batch_of = torch.searchsorted(ends, indices, right=True).tolist()
     starts = [0, *ends.tolist()]
-    picked = [
-        (pairs[b][0][i - starts[b]], pairs[b][1][i - starts[b]])
-        for b, i in zip(batch_of, indices.tolist(), strict=True)
-    ]
+    alike: dict[object, list[tuple[Tensor, Tensor]]] = {}  # of one shape, as batches of sequences may not be
+    for b, i in zip(batch_of, indices.tolist(), strict=True):
+        x, y = pairs[b][0][i - starts[b]], pairs[b][1][i - starts[b]]
+        alike.setdefault((x.shape, y.shape), []).append((x, y))
     size = len(pairs[0][0])
     return [
         (torch.stack([x for x, _ in part]), torch.stack([y for _, y in part]))
+        for picked in alike.values()
         for part in (picked[i : i + size] for i in range(0, len(picked), size))
     ]
 

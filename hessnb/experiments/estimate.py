@@ -145,12 +145,15 @@ def _kinds(spec: RunSpec, measure: Measure) -> list[tuple[Any, ...]]:
 # -- time in words -------------------------------------------------------------------------------------------------
 
 
+_YEAR = 366 * 24 * 3600
+
+
 def seconds_of(text: str) -> float:
     """Return the seconds that a time like 90s, 9m or 2h30m stands for; raise InputError for anything else."""
     found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
     seconds = sum(float(n) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True) if n) if found else 0.0
-    if not seconds > 0:
-        raise InputError(f"time {text!r} cannot be read: write it like 90s, 9m or 2h30m")
+    if not 0 < seconds <= _YEAR:
+        raise InputError(f"time {text!r} cannot be read, or is longer than a year: write it like 90s, 9m or 2h30m")
     return seconds
 
 

@@ -57,11 +57,11 @@ class Artefact:
 def plan(artefacts: Sequence[Artefact], profile: Profile, seeds: int | None = None) -> list[Task]:
     """Return the tasks of several artefacts for seeds 0 to ``seeds`` - 1 (default: the profile's number).
 
-    Raises InputError for less than one seed. See `of_seeds`.
+    Raises InputError for less than one seed or more than a thousand. See `of_seeds`.
     """
     n = profile.seeds if seeds is None else seeds
-    if n < 1:
-        raise InputError(f"seeds = {n}: at least one is needed")
+    if not 1 <= n <= 1000:
+        raise InputError(f"seeds = {n}: at least one is needed, and at most 1,000")
     return of_seeds(artefacts, profile, range(n))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import tomllib
 from importlib import resources
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from hessnb.attacks import ATTACKS
 from hessnb.errors import InputError, unknown
@@ -25,6 +26,12 @@ class LargeBatch(Frozen):
     loss_target: PositiveFloat
     max_epochs: PositiveInt
     eps: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
+
+    @model_validator(mode="after")
+    def _has_whole_batches(self) -> Self:
+        for size in self.batch_sizes:
+            _check_batch(size, self.data)
+        return self
 
     @property
     def middle_eps(self) -> float:
@@ -65,6 +72,11 @@ class AdversarialTraining(Frozen):
     curvature_of: tuple[str, ...] | None = Field(default=None, strict=False)
     eigenvalues: PositiveInt | None = None
 
+    @model_validator(mode="after")
+    def _has_a_whole_batch(self) -> Self:
+        _check_batch(self.batch_size, self.data)
+        return self
+
     @field_validator("curvature_of")
     @classmethod
     def _attacks(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -102,6 +114,11 @@ class AdversarialTraining(Frozen):
             decay_every=self.decay_every,
             decay_factor=self.decay_factor,
         )
+
+
+def _check_batch(size: int, data: DataSpec) -> None:
+    if data.n_train is not None and size > data.n_train:
+        raise InputError(f"a batch of {size:,} samples: n_train is {data.n_train:,}")
 
 
 class SpectrumSettings(Frozen):

@@ -191,8 +191,10 @@ def check(folder: Path) -> list[str]:
 
     Each number belongs to a run and a measure of its profile's grid, whose keys match its name, beside its run; says
     its commit (of committed code), date, processor, torch, seed and seconds; and has the bytes that `publish` writes.
-    There is no other file, and no more than 10 MB in all.
+    There is no other file, and no more than 10 MB in all. Raises InputError for a folder that does not exist.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: a record is one, with a folder for each profile")
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     faults = []
 

@@ -62,7 +62,8 @@ def bend_of_logits(model: nn.Module, x: Tensor, *, step: float = 1e-7) -> Tensor
     with torch.no_grad():
         behind, here, ahead = (double(point) for point in (x - direction, x, x + direction))
     second, first = ahead - 2 * here + behind, (ahead - behind) / 2
-    return torch.linalg.vector_norm(second, dim=1) / torch.linalg.vector_norm(first, dim=1)
+    share: Tensor = torch.linalg.vector_norm(second, dim=1) / torch.linalg.vector_norm(first, dim=1)
+    return share
 
 
 def with_activation(model: nn.Module, activation: nn.Module) -> nn.Module:
