@@ -151,7 +151,7 @@ def undescribed(notebook: nbformat.NotebookNode) -> list[str]:
                 faults.append(f"the picture of cell {cell.id} has no {missing}")
             for tag in re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", ""))):
                 # The quotes are escaped where a page's script holds the HTML.
-                if not re.search(r"""\balt\s*=\s*\\?(["'])\s*\S""", tag):
+                if not re.search(r"""(?<![\w-])alt\s*=\s*\\?(["'])(?!\s*\\?\1)""", tag):
                     faults.append(f"an <img> in the HTML of cell {cell.id} has no alternative text")
     return faults
 

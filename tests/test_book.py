@@ -196,6 +196,19 @@ def test_check_finds_what_does_not_belong_into_a_cell(project: Path, code: str, 
     assert any(fault in line for line in notebooks.check(project))
 
 
+@pytest.mark.parametrize(
+    ("attributes", "described"),
+    [
+        *((told, False) for told in ("", 'alt=""', "alt=' '", r"alt=\"\"", 'data-alt="A digit"')),
+        *((told, True) for told in ('alt="A digit"', "alt = ' A digit'", r"alt=\"A digit\"")),
+    ],
+)
+def test_pictures_in_html_need_an_alternative_text_that_is_not_empty(attributes: str, described: bool) -> None:
+    output = nbformat.v4.new_output("display_data", data={"text/html": f"<img src='x' {attributes}>"})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
+    assert bool(notebooks.undescribed(notebook)) is not described
+
+
 def test_check_finds_wrong_parameters(project: Path) -> None:
     path = project / "notebooks" / "01_chapter.md"
     path.write_text(path.read_text().replace("seeds = None\n", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import random
 import signal
@@ -470,6 +471,17 @@ def test_alarm_is_put_back(tmp_path: Path) -> None:
         assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
     finally:
         signal.signal(signal.SIGALRM, earlier)
+
+
+def test_alarm_waits_for_the_end_of_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slowly.py").write_text("import time\ntime.sleep(0.3)\nended = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    began = time.monotonic()
+    with pytest.raises(campaign.OutOfTime), campaign._Clock(0.05).alarm():
+        importlib.import_module("slowly")
+        time.sleep(30)
+    assert importlib.import_module("slowly").ended
+    assert time.monotonic() - began < 10
 
 
 # -- real processes ------------------------------------------------------------------------------------------------

@@ -1362,9 +1362,10 @@ def test_the_dense_hessian_checks_labels_and_inputs_and_works_under_inference_mo
         input_hessian(network(), X[:2], torch.tensor([0, 4]))
     with pytest.raises(InputError, match="convert one of them"):
         input_hessian(network().float(), X[:2], Y[:2])
-    expected = input_hessian(network(), X[:2], Y[:2])
+    model = network()
+    expected = input_hessian(model, X[:2], Y[:2])
     with torch.inference_mode():
-        assert torch.equal(input_hessian(network(), X[:2].clone(), Y[:2].clone()), expected)
+        assert torch.equal(input_hessian(model, X[:2], Y[:2].clone()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])

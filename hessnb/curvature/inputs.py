@@ -177,8 +177,8 @@ def input_hessian(model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool = 
     for ``train_mode``, samples that depend on each other.
     """
     check_samples(model, x, y, **({"probes": 0} if train_mode else {}))
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
     with evaluation(model):
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
         if train_mode:
             model.train()
         # In the memory layout of the closed form: other kernels round otherwise, and take the other side of a kink.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from types import FrameType
 
 import torch
 
@@ -358,7 +359,10 @@ class _Clock:
             yield
             return
 
-        def ring(*args: object) -> None:
+        def ring(_: int, frame: FrameType | None) -> None:
+            if _is_importing(frame):  # a module that is half imported stays broken for as long as Python runs
+                signal.setitimer(signal.ITIMER_REAL, 0.1, 5.0)
+                return
             raise OutOfTime
 
         earlier = signal.signal(signal.SIGALRM, ring)
@@ -369,6 +373,12 @@ class _Clock:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, earlier)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _fits(seconds: float, left: float) -> bool:
