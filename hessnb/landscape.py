@@ -93,6 +93,8 @@ def on_plane(
 
     ``directions`` are d and e, which need be neither orthogonal nor of length one. All else is as in `along`.
     """
+    if len(directions) != 2:
+        raise InputError(f"{len(directions)} direction(s): a plane has two")
     return _survey(*_span(model, directions), loss_fn, sets, (xs, ys), keep, progress)
 
 
@@ -258,7 +260,7 @@ class _Set:
 
 def _read(model: nn.Module, sets: Sets) -> dict[str, _Set]:
     """Materialise the data sets and check that they fit the model."""
-    if not sets:
+    if not sets or not isinstance(sets, Mapping):
         raise InputError("no data sets: give at least one, for example {'train': batches}")
     data = {}
     for name, batches in sets.items():

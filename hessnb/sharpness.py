@@ -105,7 +105,7 @@ def rescaled(model: nn.Module, first: str, second: str, factor: float) -> nn.Mod
 
     Where nothing but ReLUs and max-pooling lie between the two modules of these names, the copy computes the same
     function; with a power of two as factor to the last bit, as long as nothing overflows or underflows. Raises
-    InputError for a module without a weight, or a factor that is not positive and finite.
+    InputError for a module without a weight, a weight that both have, or a factor that is not positive and finite.
     """
     if not 0 < factor < math.inf:
         raise InputError(f"factor = {factor}: a ReLU commutes with positive finite factors alone")
@@ -115,6 +115,8 @@ def rescaled(model: nn.Module, first: str, second: str, factor: float) -> nn.Mod
         if not isinstance(getattr(named.get(name), "weight", None), Tensor):
             known = [known for known, module in named.items() if isinstance(getattr(module, "weight", None), Tensor)]
             raise InputError(f"the model has no layer {name!r} with a weight; it has: {', '.join(known)}")
+    if any(p is named[second].weight for p in named[first].parameters()):
+        raise InputError(f"the layers {first!r} and {second!r} have the same weight: name two that follow each other")
     with torch.no_grad():
         for parameter in named[first].parameters():
             parameter.mul_(factor)

@@ -171,7 +171,7 @@ PROFILE = (Path(__file__).parents[1] / "hessnb" / "experiments" / "profiles" / "
     [
         ("batch_sizes = [20, 100]", "batch_sizes = [0]", "batch_sizes"),
         ("batch_sizes = [20, 100]", "batch_sizes = [-5]", "batch_sizes"),
-        ("batch_sizes = [20, 100]", "batch_sizes = [301]", "only 300 samples"),
+        ("batch_sizes = [20, 100]", "batch_sizes = [301]", "a batch of 301 samples: n_train is 300"),
         ('name = "mnist5k"', 'name = "mnist6k"', "unknown data set 'mnist6k'"),
         ('name = "M1"', 'name = "M2"', "unknown model 'M2'"),
         ("n_train = 300", "n_train = 5000", "mnist5k has 4,000 train images"),

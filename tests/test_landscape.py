@@ -561,6 +561,7 @@ BAD_ALONG: dict[str, tuple[dict[str, Any], str]] = {
     "matrix": ({"direction": torch.ones(79, 1)}, r"direction of shape \(79, 1\)"),
     "nan": ({"direction": torch.full((93,), math.nan)}, "direction is not finite"),
     "no sets": ({"sets": {}}, "no data sets: give at least one"),
+    "sets without names": ({"sets": [samples()]}, "no data sets: give at least one, for example"),
     "empty set": ({"sets": {"test": []}}, "set 'test' is empty"),
     "empty batches": ({"sets": {"test": [(X[:0], Y[:0])]}}, "set 'test' is empty"),
     "not batches": ({"sets": {"test": (X, Y)}}, r"set 'test': a batch is not a pair .*\[\(x, y\)\]"),
@@ -599,10 +600,11 @@ def test_bad_input_to_on_plane() -> None:
     for directions, xs, ys, message in (
         ((drawn(model), torch.ones(7)), LINE, LINE, r"direction of shape \(7,\)"),
         ((drawn(model), drawn(model)), LINE, [], "positions have shape"),
+        ((drawn(model),), LINE, LINE, r"1 direction\(s\): a plane has two"),
         ((drawn(model), drawn(model)), [math.nan], LINE, "positions are not all finite"),
     ):
         with pytest.raises(InputError, match=message):
-            on_plane(model, F.cross_entropy, sets, directions, xs, ys)
+            on_plane(model, F.cross_entropy, sets, directions, xs, ys)  # type: ignore[arg-type]
 
 
 def test_bad_input_to_filter_normalise() -> None:

@@ -86,6 +86,15 @@ def test_points_over_some_samples_and_under_an_attack(digits: Splits, tiny_m1: n
     assert point.lambda1 == pytest.approx(largest(alone, digits, few), rel=1e-3)
 
 
+def test_a_layer_is_not_rescaled_against_itself() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    with pytest.raises(InputError, match="have the same weight"):
+        rescaled(model, "0", "0", 2.0)
+    model[2].weight = model[0].weight
+    with pytest.raises(InputError, match="have the same weight"):
+        rescaled(model, "0", "2", 2.0)
+
+
 @pytest.mark.parametrize(("first", "second"), [("0", "3"), ("3", "7"), ("7", "9")])
 def test_rescaled_network_computes_the_same_to_the_bit_and_has_another_hessian(
     first: str, second: str, digits: Splits, tiny_m1: nn.Module
