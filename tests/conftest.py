@@ -14,6 +14,8 @@ from built import browser, html, site, visit  # noqa: F401 (the fixtures of test
 from torch import nn
 
 from hessnb.data import Split, Splits, data_root, load, where
+from hessnb.experiments.spec import RunSpec
+from hessnb.experiments.store import Store
 from hessnb.models import build
 
 
@@ -83,3 +85,21 @@ def untouched() -> Callable[..., AbstractContextManager[None]]:
         assert torch.equal(torch.get_rng_state(), randomness[2])
 
     return context
+
+
+@pytest.fixture
+def before_the_lock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Store, RunSpec], None]], None]:
+    """Return a function that has another process do something to a run just before this one gets its lock."""
+
+    def does(work: Callable[[Store, RunSpec], None]) -> None:
+        lock = Store.lock
+
+        @contextmanager
+        def late(store: Store, spec: RunSpec, *, wait: bool = True) -> Iterator[None]:
+            with lock(store, spec, wait=wait):
+                work(store, spec)
+                yield
+
+        monkeypatch.setattr(Store, "lock", late)
+
+    return does

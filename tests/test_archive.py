@@ -22,6 +22,7 @@ from hessnb.errors import InputError
 from hessnb.experiments import archive, grid, run
 from hessnb.experiments.files import seal, unseal
 from hessnb.experiments.profile import load_profile
+from hessnb.experiments.spec import RunSpec
 from hessnb.experiments.store import Store
 from hessnb.training import State
 
@@ -171,6 +172,22 @@ def test_replaced_network_takes_with_it_what_was_measured_on_it(full: Store, tmp
     assert other.measurement(task.spec, more) is None
 
 
+def test_other_weights_of_the_same_training_are_another_result(full: Store, tmp_path: Path) -> None:
+    other, task = copy_of(full, tmp_path / "other"), grid.artefact("layers").tasks(PROFILE)[0]
+    result, more = full.result(task.spec), grid.artefact("table7").tasks(PROFILE)[0].measures[2]
+    assert result is not None
+    weights = {name: tensor + 1 for name, tensor in full.weights(task.spec).items()}
+    other.save_result(result, State(1, weights, [], []))
+    run.measure_run(other, task.spec, more)
+    before, paths = results(other), exported(full, tmp_path / "out")
+    with pytest.raises(InputError, match=f"{task.spec.slug}/{archive.WEIGHTS}"):
+        archive.import_(other, paths)
+    assert results(other) == before
+    archive.import_(other, paths, replace=True)
+    assert results(other) == results(full)
+    assert other.measurement(task.spec, more) is None, "it was measured on the weights that gave way"
+
+
 def rebuilt(path: Path, edit: Callable[[dict[str, bytes]], Any], *, seal_again: bool = True) -> None:
     """Change the members of an archive; with ``seal_again`` its manifest says that this is right."""
     with zipfile.ZipFile(path) as old:
@@ -305,6 +322,22 @@ def test_run_that_another_process_holds_is_not_touched(full: Store, tmp_path: Pa
         archive.import_(other, paths)
     archive.import_(other, paths)
     assert results(other) == results(full)
+
+
+def test_run_that_another_process_ends_after_the_comparison_is_not_overwritten(
+    full: Store, tmp_path: Path, before_the_lock: Callable[[Callable[[Store, RunSpec], None]], None]
+) -> None:
+    other, paths = Store(tmp_path / "other"), exported(full, tmp_path / "out")
+
+    def end(store: Store, spec: RunSpec) -> None:
+        result = full.result(spec)
+        assert result is not None
+        store.save_result(replace(result, reason="ended meanwhile"), State(1, {"w": torch.ones(2)}, [], []))
+
+    before_the_lock(end)
+    with pytest.raises(InputError, match="another process has just changed .*; import again"):
+        archive.import_(other, paths)
+    assert {result.reason for result in other.results()} == {"ended meanwhile"}
 
 
 servers = multiprocessing.get_context("forkserver")

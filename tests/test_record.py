@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import hessnb
 from hessnb.experiments import grid, provenance, record, run
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.spec import InputCurvature
@@ -152,6 +155,15 @@ def test_values_that_are_not_finite_stay_out(smoke: Store, tmp_path: Path) -> No
     assert record.check(tmp_path / "record") == []
 
 
+@pytest.mark.parametrize(
+    ("changed", "fault"), [({"date": "2026-01-02T03:04:05"}, "no date"), ({"seconds": math.inf}, "seconds inf")]
+)
+def test_origin_without_a_time_zone_or_a_finite_time_is_none(changed: dict[str, Any], fault: str) -> None:
+    assert record._untold(came_from(), 0) == []
+    (told,) = record._untold(came_from(**changed), 0)
+    assert fault in told
+
+
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     body = json.loads(path.read_text())
     edit(body)
@@ -247,6 +259,30 @@ def test_provenance_is_one_line_that_says_all(smoke: Store) -> None:
     changed = provenance.line("x", {"commit": f"{COMMIT}+changes", "threads": 4, "device": "a machine"})
     assert changed == "x, seed unknown, commit 0123456789+changes, a machine (4 threads), date unknown, time unknown"
     assert provenance.line("x", {}) == "x, seed unknown, commit unknown, machine unknown, date unknown, time unknown"
+
+
+def test_commit_is_that_of_the_packages_own_repository_and_tells_of_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "hessnb" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("")
+    monkeypatch.setattr(hessnb, "__file__", str(package))
+
+    def git(*args: str) -> str:
+        author = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        command = ["git", "-C", str(tmp_path), *author, *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert provenance._commit() is None, "there is no repository"
+    git("init", "-q")
+    assert provenance._commit() is None, "a copy in somebody else's repository"
+    git("add", ".")
+    git("commit", "-q", "-m", "x")
+    head = git("rev-parse", "HEAD")
+    assert provenance._commit() == head
+    package.write_text("x = 1\n")
+    assert provenance._commit() == f"{head}+changes"
 
 
 def test_recorded_measure_that_is_missing_is_none(folder: Path) -> None:

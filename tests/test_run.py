@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from hessnb.errors import InputError, RunFailed
 from hessnb.experiments import grid, measure, networks, run, status
 from hessnb.experiments.estimate import Estimates
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.spec import DataSpec, Density, ModelSpec, PowerIteration, RunSpec, Spectrum
-from hessnb.experiments.store import Store
+from hessnb.experiments.spec import DataSpec, Density, InputCurvature, ModelSpec, PowerIteration, RunSpec, Spectrum
+from hessnb.experiments.store import Measurement, RunResult, Spent, Store
 from hessnb.paper import large_batch
 from hessnb.paper.published import published as published_table
 from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, stopping
@@ -232,6 +233,54 @@ def test_a_network_that_another_process_is_at_work_on_is_left_for_last(
     assert all(outcome.complete for outcome in outcomes)
 
 
+def test_run_is_held_while_it_is_trained_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, spec, held = Store(tmp_path / "store"), tasks()[0].spec, list[bool]()
+    train = training.train
+
+    def trained(*args: Any, **settings: Any) -> State:
+        held.append(store.is_held(spec))
+        return train(*args, **settings)
+
+    def measured(*args: Any) -> dict[str, object]:
+        held.append(store.is_held(spec))
+        return {"lambda1": 1.0}
+
+    monkeypatch.setattr(training, "train", trained)
+    monkeypatch.setattr(run, "measured", measured)
+    run.train_run(store, spec)
+    run.measure_run(store, spec, InputCurvature(split="test"))
+    assert held == [True, True]
+    assert not store.is_held(spec)
+
+
+def test_what_another_process_ended_while_this_one_waited_is_not_done_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before_the_lock: Callable[[Callable[[Store, RunSpec], None]], None],
+) -> None:
+    spec, measure = tasks()[0].spec, InputCurvature(split="test")
+    result = RunResult(spec, "done", "ended elsewhere", [Epoch(1, 0.1, 1.0, 0.5, 1.0, 0.5, 1.0)], {})
+    measurement = Measurement(measure, {"lambda1": 1.0}, {})
+
+    def end(store: Store, spec: RunSpec) -> None:
+        store.save_result(result, State(1, {"w": torch.ones(1)}, [], []))
+        store.save_measurement(spec, measurement)
+
+    before_the_lock(end)
+    monkeypatch.setattr(training, "train", lambda *args, **settings: pytest.fail("trained again"))
+    monkeypatch.setattr(run, "measured", lambda *args: pytest.fail("measured again"))
+    assert run.train_run(Store(tmp_path / "one"), spec) == result
+    assert run.measure_run(Store(tmp_path / "other"), spec, measure) == measurement
+
+
+def test_longest_attempt_that_led_to_nothing_is_remembered(tmp_path: Path) -> None:
+    store, spec, measure = Store(tmp_path / "store"), tasks()[0].spec, InputCurvature(split="test")
+    store.save_spent(spec, measure, Spent(lost=5.0))
+    with pytest.raises(KeyboardInterrupt), run._worked(store, spec, measure):
+        raise KeyboardInterrupt
+    assert store.spent(spec, measure) == Spent(lost=5.0)
+
+
 def test_notebook_call_raises_for_a_failed_training(tmp_path: Path) -> None:
     text = (Path(grid.__file__).parent / "profiles" / "smoke.toml").read_text().replace("lr = 0.05", "lr = 1e9")
     (tmp_path / "wild.toml").write_text(text)
@@ -343,6 +392,13 @@ def test_mates_are_the_other_seeds_of_a_training() -> None:
     original, robust = (task.spec for task in grid.artefact("table3").tasks(load_profile("smoke"), 1)[:2])
     assert run.mates_of(original, (task.spec for task in tasks)) == []  # its learning rate decays
     assert run.mates_of(robust, (task.spec for task in tasks)) == []
+
+
+def test_run_under_an_attack_is_no_mate_of_one_without() -> None:
+    spec, other, _ = seeds_of_table7()
+    robust = grid.artefact("table3").tasks(load_profile("smoke"))[1].spec
+    attacked = other.model_copy(update={"attack": robust.attack, "parent": spec})
+    assert run.mates_of(spec, [other, attacked]) == [other]
 
 
 def test_seeds_that_are_trained_together_are_results_like_others(

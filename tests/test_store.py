@@ -101,6 +101,43 @@ def test_store_of_which_only_the_locks_were_made_is_one(tmp_path: Path, monkeypa
     Store(tmp_path / "store").save_checkpoint(SPEC, STATE)
 
 
+def test_run_is_not_there_before_its_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    store.save_checkpoint(SPEC, STATE)
+    placed, place = list[str](), os.replace
+
+    def killed(source: str, target: Path) -> None:
+        if placed:
+            raise KeyboardInterrupt
+        placed.append(target.name)
+        place(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.save_result(RESULT, STATE)
+    monkeypatch.undo()
+    assert placed == ["weights.safetensors"]
+    assert store.result(SPEC) is None
+    assert store.checkpoint(SPEC) is not None, "it goes on from there"
+
+
+def test_run_that_gives_way_goes_before_what_belongs_to_it(full: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    body, gone, unlink = full.file(SPEC, "run.json").read_bytes(), list[str](), Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if gone:
+            raise KeyboardInterrupt
+        gone.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        full.adopt(SPEC, {"run.json": body}, anew=True)
+    monkeypatch.undo()
+    assert gone == ["run.json"]
+    assert full.result(SPEC) is None, "what is left of it belongs to no result"
+
+
 def test_check_of_a_store_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not there"):
         Store(tmp_path / "stroe").check()
@@ -152,13 +189,16 @@ def test_damaged_file_is_one_line_that_names_it_and_the_remedy(full: Store, inde
         assert len(full.check()) == 1
 
 
-def test_change_in_the_numbers_of_a_tensor_is_noticed(full: Store) -> None:
+def test_change_in_the_name_or_the_numbers_of_a_tensor_is_noticed(full: Store) -> None:
     path = next(full.root.rglob("weights.safetensors"))
-    content = bytearray(path.read_bytes())
-    content[-2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="checksum"):
-        full.weights(SPEC)
+    whole = path.read_bytes()
+    number = bytearray(whole)
+    number[-2] ^= 1
+    for changed in (whole.replace(b'"weight"', b'"weighu"'), number):
+        assert changed != whole
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match="checksum"):
+            full.weights(SPEC)
 
 
 def test_store_of_a_newer_schema_is_refused(full: Store) -> None:
@@ -203,6 +243,36 @@ def test_disk_that_refuses_a_write_leaves_what_was_there(
     monkeypatch.undo()
     assert {path: path.read_bytes() for path in files(full)} == before
     assert not list(full.root.rglob("*.part"))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_interrupted_write_leaves_no_part_behind(full: Store, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        full.save_measurement(SPEC, MEASUREMENT)
+    monkeypatch.undo()
+    assert not list(full.root.rglob("*.part"))
+    assert full.measurement(SPEC, MEASURE) == MEASUREMENT
+
+
+def test_what_a_measure_has_under_way_stays_until_its_result_is_there(
+    full: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full.save_partial(SPEC, MEASURE, {"basis": torch.ones(2)})
+
+    def refused(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refused)
+        with pytest.raises(InputError):
+            full.save_measurement(SPEC, MEASUREMENT)
+    assert full.partial(SPEC, MEASURE) is not None
+    full.save_measurement(SPEC, MEASUREMENT)
+    assert full.partial(SPEC, MEASURE) is None
 
 
 def test_store_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

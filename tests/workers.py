@@ -6,9 +6,11 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from hessnb import training
 from hessnb.errors import InputError
 from hessnb.experiments.archive import import_
 from hessnb.experiments.campaign import carry_out
@@ -17,9 +19,10 @@ from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import train_run
 from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec
 from hessnb.experiments.store import Store
-from hessnb.training import Recipe
+from hessnb.training import Recipe, State
 
 MESSAGE = "message.txt"
+TRAININGS = "trainings.txt"
 SPEC = RunSpec(
     data=DataSpec(name="mnist5k", n_train=250, n_test=50),
     model=ModelSpec(name="M1", width=0.2),
@@ -29,9 +32,18 @@ SPEC = RunSpec(
 
 def train(root: str, largest_file: int | None = None) -> None:
     """Train in the store at ``root``; with ``largest_file`` the system refuses to write more bytes into one
-    file. An error that is meant to be read goes into the file MESSAGE in the store, and the exit code is 2.
+    file. An error that is meant to be read goes into the file MESSAGE in the store, and the exit code is 2. Each
+    training that is begun leaves a line in the file TRAININGS there.
     """
     torch.set_num_threads(1)
+    whole = training.train
+
+    def told(*args: Any, **settings: Any) -> State:
+        with (Path(root) / TRAININGS).open("a") as file:
+            file.write(f"{SPEC.label}\n")
+        return whole(*args, **settings)
+
+    training.train = told
     if largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
