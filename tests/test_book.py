@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -188,7 +189,16 @@ def test_sync_is_deterministic_and_check_finds_what_differs(project: Path) -> No
 
 @pytest.mark.parametrize(
     ("code", "fault"),
-    [("\n".join(f"x{i} = {i}" for i in range(26)), "more than 25 lines"), ("def f():\n    return 1", "belongs into")],
+    [
+        ("\n".join(f"x{i} = {i}" for i in range(26)), "more than 25 lines"),
+        ("def f():\n    return 1", "belongs into"),
+        ("class A:\n    pass", "belongs into"),
+        ("---\nmystnb:\n  figure: {caption: A caption}\n---\nx = 1", "has no name and caption"),
+        (
+            "---\nmystnb:\n  figure: {name: fig-x, caption: A caption}\n  image: {alt: a picture}\n---\nx = 1",
+            "has no alternative text of at least 20",
+        ),
+    ],
 )
 def test_check_finds_what_does_not_belong_into_a_cell(project: Path, code: str, fault: str) -> None:
     chapter(project, "01", code)
@@ -196,11 +206,29 @@ def test_check_finds_what_does_not_belong_into_a_cell(project: Path, code: str, 
     assert any(fault in line for line in notebooks.check(project))
 
 
+def test_figures_of_an_executed_notebook_need_a_name_a_caption_and_an_alternative_text() -> None:
+    figure = {"name": "fig-x", "caption": "A caption"}
+
+    def faults(metadata: dict[str, Any]) -> list[str]:
+        output = nbformat.v4.new_output("display_data", data={"image/png": "AAAA"})
+        cell = nbformat.v4.new_code_cell("x", metadata=metadata, outputs=[output])
+        return notebooks.undescribed(nbformat.v4.new_notebook(cells=[cell]))
+
+    assert faults({"mystnb": {"figure": figure, "image": {"alt": "A curve that falls from left to right"}}}) == []
+    (unnamed,) = faults({})
+    assert "has no name and caption" in unnamed
+    (brief,) = faults({"mystnb": {"figure": figure, "image": {"alt": "a picture"}}})
+    assert "has no alternative text of at least 20" in brief
+
+
 @pytest.mark.parametrize(
     ("attributes", "described"),
     [
-        *((told, False) for told in ("", 'alt=""', "alt=' '", r"alt=\"\"", 'data-alt="A digit"')),
-        *((told, True) for told in ('alt="A digit"', "alt = ' A digit'", r"alt=\"A digit\"")),
+        *(
+            (told, False)
+            for told in ("", "alt", "title='A digit'", 'alt=""', "alt=' '", r"alt=\"\"", 'data-alt="A digit"')
+        ),
+        *((told, True) for told in ('alt="A digit"', "alt='A digit'", "alt = ' A digit'", r"alt=\"A digit\"")),
     ],
 )
 def test_pictures_in_html_need_an_alternative_text_that_is_not_empty(attributes: str, described: bool) -> None:

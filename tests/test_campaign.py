@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,6 +25,7 @@ from hessnb.errors import InputError
 from hessnb.experiments import campaign, grid, measure, run
 from hessnb.experiments.campaign import Unit
 from hessnb.experiments.estimate import Estimates, in_words, seconds_of
+from hessnb.experiments.measure import Report
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.provenance import device_name
 from hessnb.experiments.spec import (
@@ -64,6 +65,10 @@ def trained(store: Store, spec: RunSpec, history: list[Epoch], status: Any = "do
 
 def measured(store: Store, spec: RunSpec, measure: Measure, seconds: float, device: str | None = None) -> None:
     store.save_measurement(spec, Measurement(measure, {"accuracy": 0.5}, told(seconds, device)))
+
+
+def begun(store: Store, spec: RunSpec, history: list[Epoch]) -> None:
+    store.save_checkpoint(spec, State(len(history), {"w": torch.ones(1)}, [], history))
 
 
 # -- the order -----------------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ def test_estimates_are_none_where_nothing_is_known_and_improve_with_what_is(tmp_
 
     assert estimates().training(wanted) is None
     assert campaign.rest(store, plan, estimates()).left == "not known yet"
-    store.save_checkpoint(by_size[(64, 0)], State(2, {"w": torch.ones(1)}, [], [*epochs(1, 9.0, 1.0), *epochs(1, 9.0)]))
+    begun(store, by_size[(64, 0)], [*epochs(1, 9.0, 1.0), *epochs(1, 9.0)])
     assert estimates().epoch(wanted) == 9.0, "as at the nearest batch size"
     assert estimates().training(wanted) is None, "nothing is known of how many epochs it takes"
     trained(store, by_size[(64, 0)], epochs(20, 10.0))
@@ -138,7 +143,7 @@ def test_estimates_are_none_where_nothing_is_known_and_improve_with_what_is(tmp_
     assert estimates().training(wanted) == pytest.approx(35 * 2 * 8.0), "the nearest batch size"
     trained(store, by_size[(256, 0)], epochs(65, 7.0))
     assert estimates().training(wanted) == pytest.approx(65 * 7.0), "another seed"
-    store.save_checkpoint(wanted, State(40, {"w": torch.ones(1)}, [], epochs(40, 6.0)))
+    begun(store, wanted, epochs(40, 6.0))
     assert estimates().training(wanted) == pytest.approx(25 * 6.0), "its own epochs"
     trained(store, wanted, epochs(2, 1000.0), device="another machine")
     assert estimates().epoch(by_size[(512, 1)]) == 7.0, "another machine's seconds say nothing"
@@ -149,11 +154,40 @@ def test_length_of_the_first_training_follows_its_own_loss(tmp_path: Path) -> No
     store = Store(tmp_path / "store")
     spec = tasks("table7", profile="paper")[0].spec
     history = [Epoch(i + 1, 0.01, 2.0**-i, 0.5, 1.0, 0.5, 1.0) for i in range(6)]  # the target, 0.001, is 2^-9.97
-    store.save_checkpoint(spec, State(6, {"w": torch.ones(1)}, [], history))
+    begun(store, spec, history)
     assert Estimates(store, CPU).training(spec) == pytest.approx(4.97, abs=0.01)
-    flat = State(6, {"w": torch.ones(1)}, [], epochs(6, 1.0))
-    store.save_checkpoint(spec, flat)
+    begun(store, spec, epochs(6, 1.0))
     assert Estimates(store, CPU).training(spec) == spec.recipe.max_epochs - 6
+
+
+def test_training_of_which_only_the_result_is_missing_takes_an_epoch_at_most(tmp_path: Path) -> None:
+    store, spec = Store(tmp_path / "store"), tasks("table7", profile="paper")[0].spec
+    begun(store, spec, epochs(spec.recipe.max_epochs, 2.0))
+    assert Estimates(store, CPU).training(spec) == 2.0
+
+
+def test_epoch_takes_what_the_last_ones_took(tmp_path: Path) -> None:
+    store, spec = Store(tmp_path / "store"), tasks("table7", profile="paper")[0].spec
+    begun(store, spec, [*epochs(10, 100.0), *epochs(5, 1.0)])
+    assert Estimates(store, CPU).epoch(spec) == 1.0
+
+
+def test_nearest_batch_size_is_that_of_the_smallest_ratio(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    by_size = {task.spec.recipe.batch_size: task.spec for task in tasks("table7", profile="paper")}
+    trained(store, by_size[64], epochs(3, 10.0))
+    trained(store, by_size[512], epochs(3, 7.0))
+    assert Estimates(store, CPU).epoch(by_size[256]) == 7.0
+
+
+def test_training_under_way_on_another_machine_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, spec = Store(tmp_path / "store"), tasks("table7", profile="paper")[0].spec
+    with monkeypatch.context() as patch:
+        patch.setattr("hessnb.experiments.store.device_name", lambda device: "another machine")
+        begun(store, spec, epochs(3, 10.0))
+    assert Estimates(store, CPU).epoch(spec) is None
+    begun(store, spec, epochs(3, 10.0))
+    assert Estimates(store, CPU).epoch(spec) == 10.0
 
 
 def test_measures_are_estimated_by_the_same_one_elsewhere_then_by_their_kind(tmp_path: Path) -> None:
@@ -177,6 +211,19 @@ def test_rest_counts_what_failed_as_lost_and_not_as_left(tmp_path: Path) -> None
     trained(store, plan[0].spec, epochs(1, 1.0), "failed")
     rest = campaign.rest(store, plan, Estimates(store, CPU))
     assert (rest.trainings_left, rest.measures_left, rest.trainings_lost, rest.left) == (0, 0, len(plan), "nothing")
+
+
+def test_seconds_that_are_kept_are_not_left(tmp_path: Path) -> None:
+    store, spectrum = Store(tmp_path / "store"), Spectrum(split="train", k=2, tol=1e-3)
+    first, second = (task.spec for task in tasks("table7"))
+    for spec in (first, second):
+        trained(store, spec, epochs(3, 1.0))
+    measured(store, second, spectrum, 1000.0)
+    left = []
+    for kept in (0.0, 600.0, 2000.0):
+        store.save_spent(first, spectrum, Spent(kept=kept))
+        left.append(campaign.rest(store, [grid.Task(first, (spectrum,))], Estimates(store, CPU)).seconds)
+    assert left == [1000.0, 400.0, 100.0], "one that takes longer than foretold: a tenth, for nobody knows"
 
 
 @pytest.mark.parametrize(
@@ -338,6 +385,24 @@ def test_eigensolve_stops_at_a_save_and_goes_on_from_there(
     assert found.values == whole.values
     assert found.provenance["seconds"] > max(spent) > 0.3, "the seconds of all calls"
     assert spent[-1] == 0.0
+
+
+def test_eigensolve_that_is_nearly_done_is_let_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, spectrum, ended = Store(tmp_path / "store"), Spectrum(split="train", k=2, tol=1e-3), list[bool]()
+    first, second = (task.spec for task in tasks("table7"))
+    for spec in (first, second):
+        trained(store, spec, epochs(3, 1.0))
+    measured(store, second, spectrum, 1.0)
+
+    def nearly_done(*args: Any, report: Report, on_save: Callable[[], None], **settings: Any) -> Measurement:
+        report("a solve", 0.99, "")
+        on_save()
+        ended.append(True)
+        return Measurement(spectrum, {}, told(1.0))
+
+    monkeypatch.setattr(campaign, "measure_run", nearly_done)
+    campaign.carry_out(store, [grid.Task(first, (spectrum,))], budget=30.0)  # less than from one save to the next
+    assert ended == [True]
 
 
 def test_landscape_keeps_its_points_and_their_seconds(

@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 from hessnb.cli import main
 from hessnb.experiments import grid, provenance
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.store import Store
+from hessnb.experiments.store import RunResult, Store
+from hessnb.training import Epoch, State
 
 SMOKE = ["--profile", "smoke"]
 
@@ -90,6 +91,17 @@ def test_run_without_a_name_or_with_all_is_the_whole_grid(tmp_path: Path) -> Non
         shown = call("run", *names, *SMOKE, "--store", tmp_path / "store", "--time-budget", "0.01s")
         assert shown.exit_code == 0, shown.output
         assert f"0 of {len(tasks)} networks trained, 0 of {measures} measures" in shown.stdout
+
+
+def test_missing_weights_are_bad_input(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    for task in grid.artefact("layers").tasks(load_profile("smoke")):
+        epoch = Epoch(1, 0.1, 1.0, 0.5, 1.0, 0.5, 1.0)
+        store.save_result(RunResult(task.spec, "done", "", [epoch], {}), State(1, {"w": torch.ones(1)}, [], [epoch]))
+        store.file(task.spec, "weights.safetensors").unlink()
+    shown = call("run", "layers", *SMOKE, "--store", store.root)
+    assert shown.exit_code == 2
+    assert "measure(s) cannot be taken here: see above" in shown.stderr
 
 
 def test_store_check_finds_a_damaged_file(store: Path) -> None:
@@ -194,6 +206,7 @@ def test_diverged_training_exits_with_one_and_keeps_its_history(tmp_path: Path) 
     shown = call("run", "fig6", "--profile", path, "--store", tmp_path / "store")
     assert shown.exit_code == 1
     assert "diverged" in shown.stderr
+    assert "0 of 1 networks trained" in shown.stdout
     (result,) = Store(tmp_path / "store").results()
     assert (result.status, len(result.history)) == ("failed", 1)
 

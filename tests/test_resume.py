@@ -102,7 +102,7 @@ def test_two_processes_at_the_same_run_train_it_once(tmp_path: Path, reference: 
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
-    assert (root / workers.TRAININGS).read_text().splitlines() == [workers.SPEC.label]
+    assert (tmp_path / workers.TRAININGS).read_text().splitlines() == [workers.SPEC.label]
     assert_same_bits(root, reference)
 
 

@@ -76,6 +76,15 @@ def test_wrong_specification_is_one_line_that_names_the_fault(content: dict[str,
     assert "\n" not in str(error.value)
 
 
+def test_parent_is_the_same_network() -> None:
+    robust = grid.artefact("table3").tasks(load_profile("smoke"))[1].spec
+    content = robust.model_dump(mode="json", exclude_none=True)
+    assert RunSpec.parse(content, "here") == robust
+    content["parent"]["model"]["width"] = 0.123
+    with pytest.raises(InputError, match="here: .*the parent is M1.*it must be the same network, M1"):
+        RunSpec.parse(content, "here")
+
+
 @pytest.mark.parametrize("name", profile_names())
 def test_every_profile_and_artefact_resolves(name: str) -> None:
     profile = load_profile(name)

@@ -77,6 +77,7 @@ def test_perfect_correlation_of_few_points_is_not_certain(sign: float) -> None:
 def test_too_few_or_constant_values_have_no_correlation() -> None:
     assert spearman([1, 2, 3, 4], [1, 2, 3, 4]) is None
     assert spearman([1, 2, 3, 4, 5], [7, 7, 7, 7, 7]) is None
+    assert spearman([7, 7, 7, 7, 7], [1, 2, 3, 4, 5]) is None
     with pytest.raises(InputError, match="5 and 4"):
         spearman([1, 2, 3, 4, 5], [1, 2, 3, 4])
 
@@ -118,9 +119,11 @@ def test_five_of_five_are_too_few_and_six_of_six_are_not() -> None:
     assert exact_proportion(5, 5).low < 0.5 < exact_proportion(6, 6).low
 
 
-def test_mean_has_students_interval() -> None:
+@pytest.mark.parametrize(("comparisons", "confidence"), [(1, 0.95), (5, 0.99)])
+def test_mean_has_students_interval_and_more_comparisons_widen_it(comparisons: int, confidence: float) -> None:
     values = [1.0, 2.0, 4.0, 9.0]
-    found, expected = mean(values), scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    found = mean(values, comparisons=comparisons)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(confidence)
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((4.0, expected.low, expected.high))
     assert mean(values[:2]) is None

@@ -33,13 +33,13 @@ SPEC = RunSpec(
 def train(root: str, largest_file: int | None = None) -> None:
     """Train in the store at ``root``; with ``largest_file`` the system refuses to write more bytes into one
     file. An error that is meant to be read goes into the file MESSAGE in the store, and the exit code is 2. Each
-    training that is begun leaves a line in the file TRAININGS there.
+    training that is begun leaves a line in the file TRAININGS beside the store.
     """
     torch.set_num_threads(1)
     whole = training.train
 
     def told(*args: Any, **settings: Any) -> State:
-        with (Path(root) / TRAININGS).open("a") as file:
+        with (Path(root).parent / TRAININGS).open("a") as file:
             file.write(f"{SPEC.label}\n")
         return whole(*args, **settings)
 
