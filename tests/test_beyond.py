@@ -188,6 +188,15 @@ def test_table_of_densities_is_what_the_rules_say(store: Store) -> None:
     assert empty.origins == ()
 
 
+def test_negative_share_of_a_density_does_not_count_what_is_zero() -> None:
+    task = grid.artefact("density").tasks(SMOKE)[0]
+    (measure,) = task.measures
+    values = {"nodes": [[-1.0, -1e-9, 10.0]], "weights": [[0.1, 0.7, 0.2]], "n": 100, "n_matvecs": 3}
+    outcome = Outcome(task, None, {measure: Measurement(measure, values, {})})
+    table = beyond.densities([outcome], [], 4, name="tab-x", caption="a caption")
+    assert table.rows[0][4:] == ("10.0%", f"{0.1 / 2.1:.1%}")
+
+
 def test_largest_drop_is_the_one_with_five_on_either_side() -> None:
     spectrum = [100.0, 10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 1.0, 0.9, 0.8, 0.7, 0.6]
     assert beyond._drop(spectrum) == "× 5.00 after 7"

@@ -275,6 +275,18 @@ def test_networks_of_one_original_are_not_taken_for_independent_ones() -> None:
     assert interval_of(each, "N all samples, seed 0").high < interval_of(each, "N all samples, seed 1").low
 
 
+def test_three_seeds_are_enough_for_an_interval_over_seeds() -> None:
+    ratios = {0: 0.5, 1: 0.6, 2: 3.0}
+    runs = [(seed, method) for seed in ratios for method in ("ORI", *ATTACKS)]
+    rows = frame(
+        seed=[seed for seed, _ in runs],
+        training=[method for _, method in runs],
+        lambda1_train=[1.0 if method == "ORI" else ratios[seed] for seed, method in runs],
+    )
+    (part,) = evidence.ratio_to_original(rows, columns=["lambda*_train"])
+    assert (part.n, part.label) == (3, "all samples")
+
+
 def test_accuracies_of_three_seeds_are_compared_over_seeds() -> None:
     columns = {"seed": [0, 1, 2] * 2, "training": ["ORI"] * 3 + ["FGSM"] * 3, "clean": [90, 92, 97, 89, 90, 94]}
     (part,) = evidence.accuracy_difference(frame(**columns), pairs=[["ORI/clean", "FGSM/clean"]])
@@ -414,6 +426,26 @@ def test_spectra_are_told_apart_by_what_they_are_over() -> None:
     assert all(math.isnan(value) for value in missing.values())
 
 
+def test_accuracies_of_tables_3_and_4_are_those_on_sets_of_the_original_network() -> None:
+    _, robust, *_ = tasks_of("table3", "paper")
+    found: dict[Measure, Measurement] = {
+        m: Measurement(m, {"accuracy": 0.9 if m.source else 0.2}, PROVENANCE)
+        for m in robust.measures
+        if isinstance(m, AttackAccuracy)
+    }
+    (row,) = numbers.measured([Recorded(robust, run_result(robust.spec), found, "paper")]).to_dict("records")
+    assert [row[method] for method in (*ATTACKS, "mean")] == pytest.approx([90.0] * 6)
+    assert row["clean"] == pytest.approx(99.0)
+
+
+def test_number_of_test_samples_is_that_of_the_specification() -> None:
+    first = invented("table7")[0]
+    data = first.task.spec.data.model_copy(update={"n_test": 500})
+    spec = first.task.spec.model_copy(update={"data": data})
+    smaller = replace(first, task=replace(first.task, spec=spec))
+    assert numbers.measured([first, smaller])["n_test"].tolist() == [10_000, 500]
+
+
 def test_curvature_along_lines_is_taken_at_the_right_places() -> None:
     places = [i / 10 - 0.5 for i in range(21)]
     losses = {"train": [x**4 for x in places], "test": [3 * x**2 for x in places]}
@@ -472,6 +504,13 @@ def test_papers_specification_counts_wherever_it_was_recorded_and_the_fuller_one
     assert found[0].folder == f"book/record/laptop/{first.spec.slug}"
 
 
+def test_of_later_seeds_what_is_not_there_is_not_listed(tmp_path: Path) -> None:
+    later = artefact("table7").tasks_of_seed(load_profile("paper"), 1)[1]
+    write(tmp_path, "paper", later, 1)
+    found = from_record("table7", folder=tmp_path)
+    assert [(o.task.spec.recipe.seed, o.result is not None) for o in found] == [(0, False)] * 6 + [(1, True)]
+
+
 def test_empty_record_has_a_row_for_each_batch_size_and_no_origin(tmp_path: Path) -> None:
     found = from_record("table7", folder=tmp_path)
     table = large_batch.curvature("table7", found, name="tab-x", caption="a caption")
@@ -481,12 +520,32 @@ def test_empty_record_has_a_row_for_each_batch_size_and_no_origin(tmp_path: Path
     assert "dropdown" not in table._repr_markdown_()
 
 
-def test_recorded_table_shows_differences_and_where_each_number_comes_from() -> None:
+def test_recorded_table_shows_what_is_to_be_added_to_and_multiplied_with_the_papers_numbers() -> None:
+    outcomes = invented("table7")
+    first = outcomes[0]
+    assert first.result is not None
+    epoch = replace(first.result.history[-1], train_accuracy=0.9, test_accuracy=1.0)
+    doubled: dict[Measure, Measurement] = {
+        m: replace(f, values={"eigenvalues": [2 * value for value in f.values["eigenvalues"]]})
+        for m, f in first.measurements.items()
+        if isinstance(m, Spectrum)
+    }
+    changed = replace(first, result=replace(first.result, history=[epoch]), measurements=doubled)
+    table = large_batch.curvature("table7", [changed, *outcomes[1:]], name="tab-x", caption="a caption")
+    accuracies, ratios = (i for i, title in enumerate(table.header) if title == "difference")
+    printed = published("table7")
+    below, above = (
+        100 * ours - float(printed[f"accuracy_{split}"]["M1", 64]) for split, ours in (("train", 0.9), ("test", 1.0))
+    )
+    assert below < 0 < above
+    assert table.rows[0][accuracies] == f"−{-below:.2f} (+{above:.2f})"
+    assert table.rows[0][ratios] == "× 2.00 (× 2.00)"
+    assert table.rows[1][ratios] == "× 1.00 (× 1.00)"
+
+
+def test_recorded_table_says_where_each_number_comes_from() -> None:
     outcomes = invented("table7")
     table = large_batch.curvature("table7", outcomes, name="tab-x", caption="a caption")
-    column = table.header.index("difference")
-    assert table.rows[0][column] == "+0.00 (+0.00)"
-    assert table.rows[0][column + 3] == "× 1.00 (× 1.00)"
     assert [row[-1] for row in table.rows] == ["paper"] * 6
     origin = table.origins[0]
     assert dict(zip(origins.HEADER, origin.cells, strict=True)) == {
@@ -604,6 +663,20 @@ def test_missing_names_networks_and_what_they_lack() -> None:
     tested = claims.examine(BY_ID["lambda1-train"], only("table7", one))
     assert scoreboard.missing(tested) == "M1: 1 measured, needs five runs that differ."
     assert scoreboard.missing(claims.Tested((), Verdict.MISSING)).startswith("everything")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ({"low": 0.5}, "claimed to be above 0.5"),
+        ({"high": 2.0}, "claimed to be below 2"),
+        ({"low": -0.5, "high": 0.5}, "claimed to be between -0.5 and 0.5"),
+    ],
+)
+def test_region_of_a_claim_is_written_out(bounds: dict[str, float], words: str) -> None:
+    claim = BY_ID["test-sharper"].model_copy(update={"holds": claims.Bounds(**bounds)})
+    nothing = claims.Tested((), Verdict.MISSING)
+    assert words in scoreboard.details([claims.Assessment(claim, nothing, nothing)], [])
 
 
 def test_claims_measured_on_a_smaller_scale_say_so() -> None:

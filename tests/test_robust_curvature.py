@@ -125,6 +125,31 @@ def test_answers_are_counted(outcomes: list[Outcome]) -> None:
     assert {row[2] for row in rc.answers({"M1": empty}, name="tab-x", caption="x").rows} == {NOT_MEASURED}
 
 
+def test_answers_leave_out_the_control_and_what_is_not_significant() -> None:
+    single, few, full = (
+        Spectrum(split="train", k=2, tol=1e-3, samples=samples, draw=draw)
+        for samples, draw in ((1, 0), (20, 0), (None, None))
+    )
+    settings = SMOKE.adversarial["M1"]
+    original, robust = settings.original(0), settings.robust("FGSM", 0)
+    made = {
+        original: ([100.0, -0.5], [8.0, 1.0], [4.0, 1.0]),
+        robust: ([1.0, -0.5], [3.0, 1.0], [2.0, 1.0]),
+        rc.control(original, robust): ([1.0, -1.0], [50.0, 1.0], [1.0, 0.5]),
+    }
+    outcomes = [
+        Outcome(
+            Task(spec, (single, few, full)),
+            None,
+            {m: Measurement(m, {"eigenvalues": v}, {}) for m, v in zip((single, few, full), values, strict=True)},
+        )
+        for spec, values in made.items()
+    ]
+    cells = [row[2] for row in rc.answers({"M1": outcomes}, name="tab-x", caption="x").rows]
+    assert cells[3:5] == ["2 of 2", "1 of 2"], "-0.5 is less than a hundredth of 100"
+    assert cells[6] == "1.5 to 2"
+
+
 def test_lines_have_their_second_differences_in_the_tables(store: Store) -> None:
     ways = run.results("fig10", profile="smoke", store=store.root)
     row = rc.way_curvatures(ways, name="tab-x", caption="x").rows[0]
@@ -187,6 +212,12 @@ def test_negative_curvature_is_in_the_rest_and_between_layers(digits: Splits) ->
     assert n_negative >= 10  # so the Hessian must have some, whatever the Gauss-Newton matrix is:
     assert int((exact < -1e-12).sum()) >= n_negative - 9
     assert rc.within_layers(model, one, list(layers("M1"))) < 1e-12
+
+
+def test_gradient_is_that_of_the_mean_loss(digits: Splits, tiny_m1: nn.Module) -> None:
+    loss = F.cross_entropy(tiny_m1(digits.train.images), digits.train.labels)
+    expected = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(tiny_m1.parameters()))])
+    torch.testing.assert_close(rc._gradient(tiny_m1, digits.train), expected.double(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_smooth_network_has_a_rest_within_its_layers() -> None:

@@ -117,6 +117,33 @@ def test_checklist_passes_a_strong_attack_and_tells_a_weak_one(trained: nn.Modul
     assert failed["The network is accurate without an attack"].passed
 
 
+def test_checklist_tells_each_weakness(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.tensor([0.45, 0.55]).repeat(50).view(-1, 1, 1, 1)
+    y, attacked, other = torch.tensor([0, 1]).repeat(50), line(), line()
+
+    def only_on_others(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+        return x if model is attacked else fgsm(model, x, y, eps=eps)
+
+    def only_in_forty_steps(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
+        return fgsm(model, x, y, eps=eps) if steps == 40 else x
+
+    weak = checklist(attacked, only_on_others, x, y, eps=0.1, surrogate=other)
+    assert [check.question for check in weak if not check.passed] == [
+        "The attack lowers the accuracy",
+        "It is at least as strong as random signs of the same size",
+        "It is as strong as 20 iterated steps",
+        "It is the worst case over all attacks tried",
+        "White-box is at least as strong as transfer",
+    ]
+    monkeypatch.setattr("hessnb.robustness.pgd", only_in_forty_steps)
+    masked = checklist(attacked, fgsm, x, y, eps=0.1)
+    assert [check.question for check in masked if not check.passed] == [
+        "Iterating is at least as strong as one step",
+        "Twice the steps find no more",
+        "An unbounded attack succeeds on nearly all samples",
+    ]
+
+
 def test_checklist_notices_a_network_that_guesses(digits: Splits) -> None:
     untrained = build("M1", width=0.2, seed=0)
     first = checklist(untrained, fgsm, digits.test.images[:50], digits.test.labels[:50], eps=0.1)[0]

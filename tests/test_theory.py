@@ -17,8 +17,8 @@ def diagonal(*rows: list[float]) -> torch.Tensor:
 
 
 def test_signs_and_ranks_are_relative_to_each_sample_s_own_largest_eigenvalue() -> None:
-    sound = diagonal([1.0, 1e-3, 0.0, -1e-15], [1e-9, 1e-20, 1e-24, -1e-24])
-    saddles = diagonal([1.0, 1e-3, 1e-5, -1e-12], [1.0, 0.5, 0.1, 0.01])
+    sound = diagonal([1e6, 1e3, 0.0, -1e-9], [1e-9, 1e-20, 1e-24, -1e-24])
+    saddles = diagonal([1e-9, 1e-12, 1e-14, -1e-21], [1.0, 0.5, 0.1, 0.01])
     table = saddle_free({"sound": (sound, 3), "saddles": (saddles, 3)}, name="t", caption="")
     assert [row[4:6] for row in table.rows] == [("yes", "2"), ("no", "4")]
     assert violations(sound, 3).to_dict("list") == {"indefinite": [0, 0], "rank_above": [0, 0]}
