@@ -12,6 +12,7 @@ from functools import partial
 import eagerpy
 import foolbox
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -28,11 +29,12 @@ from hessnb.attacks import (
     fhsm,
     l2_gradient,
     l2_hessian,
+    loop,
     nearest_class,
     pgd,
 )
-from hessnb.attacks.ball import Norm
-from hessnb.attacks.loop import Attack, wrongness
+from hessnb.attacks.ball import Norm, unit_ball
+from hessnb.attacks.loop import Attack, Perturbation, wrongness
 from hessnb.attacks.second_order import Solver
 from hessnb.curvature import input_gradient_norms, input_hessian, input_hessian_solve
 from hessnb.curvature.checks import finite
@@ -237,6 +239,17 @@ def test_nearest_class_reaches_the_boundary_of_a_linear_model_with_least_effort(
         torch.testing.assert_close(found.flatten(1), point, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_nearest_class_passes_over_a_class_that_no_step_leads_to(norm: Norm) -> None:
+    model = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]]))
+        model.bias.copy_(torch.tensor([0.0, 0.1, 0.0]))  # the second logit is ahead of the first everywhere
+    x, y = torch.tensor([[0.6, 0.4, 0.5, 0.5]], dtype=torch.float64), torch.tensor([0])
+    moved = nearest_class(model, x, y, eps=0.01, norm=norm) - x
+    assert moved[0, 0] < 0 < moved[0, 1], "towards the third"
+
+
 def test_nearest_class_in_the_metric_of_the_curvature() -> None:
     model, (x, y) = network("wide"), samples(8)
     H = input_hessian(model, x, y)
@@ -321,6 +334,29 @@ def test_random_starts_do_not_depend_on_chunks() -> None:
         wrong = [(model(run(restarts=restarts)).argmax(1) != y) for restarts in (1, 3)]
     assert (wrong[1] | ~wrong[0]).all()
     assert ((losses[1] >= losses[0] - 1e-9) | (wrong[1] & ~wrong[0])).all()
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_random_starts_are_uniform_in_the_ball(d: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cube, ball = (unit_ball(4000, d, norm, generator) for norm in ("linf", "l2"))
+    for coordinate in cube.T:
+        assert scipy.stats.kstest(coordinate, scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    # The share of the volume within a radius is its d-th power.
+    assert scipy.stats.kstest(torch.linalg.vector_norm(ball, dim=1) ** d, "uniform").pvalue > 1e-3
+    assert ball.mean(0).abs().max() < 0.05
+
+
+def test_of_two_ends_the_misclassified_one_is_kept_and_else_the_one_of_larger_loss() -> None:
+    def ends(*logits: tuple[float, ...]) -> Perturbation:
+        nothing = torch.zeros(len(logits), dtype=torch.float64)
+        return Perturbation(torch.tensor(logits), *[nothing] * 6)
+
+    # Of the first two pairs, the one that is right has the larger loss.
+    one = ends((1.0, 0.9, 0.9), (0.0, 0.1, -9.0), (1.0, 0.0, 0.0), (0.0, 2.0, 0.0))
+    other = ends((0.0, 0.1, -9.0), (1.0, 0.9, 0.9), (1.0, 0.5, 0.0), (0.0, 1.0, 0.0))
+    found = loop._worse(lambda x: x, torch.zeros(4, dtype=torch.int64), one, other, torch.float32).x_adv
+    assert torch.equal(found, torch.stack([other.x_adv[0], one.x_adv[1], other.x_adv[2], one.x_adv[3]]))
 
 
 @pytest.mark.parametrize("attack", ALL)
@@ -661,6 +697,13 @@ def test_pgd_is_at_least_as_strong_as_one_step(digits: Splits, tiny_m1: nn.Modul
         with eval_mode(tiny_m1):
             losses = [F.cross_entropy(tiny_m1(x_adv), y) for x_adv in pair]
         assert losses[1] > losses[0]
+
+
+def test_steps_of_pgd_are_two_and_a_half_radii_together_unless_given() -> None:
+    model, (x, y) = network("wide"), samples(4)
+    run = partial(pgd, model, x, y, eps=0.1, steps=5)
+    assert torch.equal(run(), run(step_size=0.05))
+    assert not torch.equal(run(), run(step_size=0.04))
 
 
 def test_autoattack_is_the_strongest(digits: Splits, tiny_m1: nn.Module, untouched: Untouched) -> None:

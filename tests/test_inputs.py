@@ -60,6 +60,34 @@ def rectifier(d: int = 64, hidden: int = 32, classes: int = 4, seed: int = 0) ->
     )
 
 
+def with_logits(kind: str) -> nn.Module:
+    """Return a rectifier whose logits are linearly dependent or dead."""
+    model = rectifier(classes=5)
+    last = model.get_submodule("3")
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        if kind == "equal rows":
+            last.weight[2] = last.weight[1]
+        elif kind == "equal logits":
+            last.weight[2], last.bias[2] = last.weight[1], last.bias[1]
+        elif kind == "all but one equal":
+            last.weight[1:] = last.weight[1].clone()
+        elif kind == "a mixture":
+            last.weight[2] = 0.25 * last.weight[0] + 0.5 * last.weight[1] + 0.25 * last.weight[4]
+        elif kind == "a dead logit":
+            last.weight[2], last.bias[2] = 0, -1
+        elif kind == "two dead logits":
+            last.weight[2:4], last.bias[2:4] = 0, -1
+        elif kind == "all dead":
+            last.weight.zero_()
+    return model
+
+
+DEPENDENT = [
+    "equal rows", "equal logits", "all but one equal", "a mixture", "a dead logit", "two dead logits", "all dead",
+]  # fmt: skip
+
+
 class Mapped(nn.Module):
     """A linear layer after a function or a layer, of 64 inputs around zero; the layer before it keeps their number."""
 
@@ -370,6 +398,12 @@ def test_logits_that_do_not_depend_on_the_input_have_no_curvature() -> None:
     torch.testing.assert_close(input_hessian_solve(model, x, x, damping=4.0), x / 4)
 
 
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_no_eigenvalue_in_closed_form_is_negative(kind: str) -> None:
+    x, _ = samples(5)
+    assert (input_hessian_eigenvalues(with_logits(kind), x, method="closed_form") >= 0).all()
+
+
 # -- confident samples ------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +509,30 @@ def test_iteration_finds_the_largest_eigenvalues_of_smooth_networks_and_labels_m
     again = input_hessian_eigenvalues(model, x, other, k=k, tol=1e-9)
     assert ((again - found).abs() > 1e-6 * magnitude).any()
     assert ((again - top(input_hessian(model, x, other), k)).abs() <= 1e-9 * magnitude).all()
+
+
+class Loud(nn.Module):
+    """A smooth network, which is steep and of one direction on samples whose first pixel is above one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quiet = network("same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.flatten(1)
+        steep = F.pad(1e4 * (pixels[:, 1:2] - 0.5), (0, 3))
+        result: Tensor = torch.where(pixels[:, :1] > 1, steep, self.quiet(x))
+        return result
+
+
+def test_a_sample_of_large_curvature_does_not_end_the_iteration_of_the_others() -> None:
+    model, (x, y) = Loud().eval(), samples(5)
+    x[0, 0, 0, :2] = torch.tensor([2.0, 0.5])
+    hessians = input_hessian(model, x, y)
+    magnitude = torch.linalg.matrix_norm(hessians, 2)[:, None]
+    assert magnitude[0] > 1e6 * magnitude[1:].max()
+    found = input_hessian_eigenvalues(model, x, y, k=1, tol=1e-9)
+    assert ((found - top(hessians, 1)).abs() <= 1e-9 * magnitude).all()
 
 
 def test_iteration_goes_on_to_negative_eigenvalues() -> None:
@@ -658,6 +716,26 @@ def test_small_networks_are_piecewise_linear_or_not(kind: str) -> None:
         assert is_piecewise_linear(network(kind).float().train(training), x.float()) == (kind in PIECEWISE)
 
 
+class Late(nn.Module):
+    """Linear, but on samples whose first pixel is above one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.flatten(1)
+        result: Tensor = self.last(torch.where(pixels[:, :1] > 1, pixels.square(), pixels))
+        return result
+
+
+def test_a_bend_is_found_among_the_last_of_many_samples() -> None:
+    model, (x, _) = seeded(Late), samples(40)
+    assert is_piecewise_linear(model, x)
+    x[20:, 0, 0, 0] = 2.0
+    assert not is_piecewise_linear(model, x)
+
+
 @pytest.mark.parametrize("name", TABLE6)
 def test_the_networks_of_table_6_are_piecewise_linear_in_both_precisions(name: str) -> None:
     model, shape = table6(name), TABLE6[name][4]
@@ -667,34 +745,6 @@ def test_the_networks_of_table_6_are_piecewise_linear_in_both_precisions(name: s
 
 
 # -- solving ----------------------------------------------------------------------------------------------------------
-
-
-def with_logits(kind: str) -> nn.Module:
-    """Return a rectifier whose logits are linearly dependent or dead."""
-    model = rectifier(classes=5)
-    last = model.get_submodule("3")
-    assert isinstance(last, nn.Linear)
-    with torch.no_grad():
-        if kind == "equal rows":
-            last.weight[2] = last.weight[1]
-        elif kind == "equal logits":
-            last.weight[2], last.bias[2] = last.weight[1], last.bias[1]
-        elif kind == "all but one equal":
-            last.weight[1:] = last.weight[1].clone()
-        elif kind == "a mixture":
-            last.weight[2] = 0.25 * last.weight[0] + 0.5 * last.weight[1] + 0.25 * last.weight[4]
-        elif kind == "a dead logit":
-            last.weight[2], last.bias[2] = 0, -1
-        elif kind == "two dead logits":
-            last.weight[2:4], last.bias[2:4] = 0, -1
-        elif kind == "all dead":
-            last.weight.zero_()
-    return model
-
-
-DEPENDENT = [
-    "equal rows", "equal logits", "all but one equal", "a mixture", "a dead logit", "two dead logits", "all dead",
-]  # fmt: skip
 
 
 @cache
@@ -881,6 +931,15 @@ def test_samples_that_converge_at_different_speeds_are_solved_together(kind: str
         one = slice(i, i + 1)
         alone = input_hessian_solve(model, x[one], g[one], damping=damping, y=y[one], tol=1e-12)
         assert_each_near(alone, found[one], 1e-7)
+
+
+def test_a_large_right_hand_side_does_not_end_the_iteration_of_the_others() -> None:
+    model, x, y, hessians = small("same")
+    damping, g = 3 * float(torch.linalg.matrix_norm(hessians, 2).max()), normal(5, 64)
+    g[0] = 1e9 * torch.linalg.eigh(hessians).eigenvectors[0, :, -1]  # solved in one step
+    found = input_hessian_solve(model, x, g.view_as(x), damping=damping, y=y, tol=1e-6).flatten(1)
+    left = times(hessians, found) + damping * found - g
+    assert (left.norm(dim=1) <= 1.01e-6 * g.norm(dim=1)).all()
 
 
 @settings(deadline=None, max_examples=15)
@@ -1408,6 +1467,14 @@ def test_float32_pseudo_inverses_hold_against_float64(digits: Splits) -> None:
     g = gradients(exact, x.double(), y)
     found = input_hessian_solve(model, x, g.float())
     assert_each_near(found.double(), input_hessian_solve(exact, x.double(), g), 1e-3)
+
+
+@pytest.mark.parametrize("kind", DEPENDENT[:-1])
+def test_float32_pseudo_inverses_of_dependent_logits_hold_against_float64(kind: str) -> None:
+    model, (x, _) = with_logits(kind), samples(5)
+    g = normal(*x.shape)
+    found = input_hessian_solve(with_logits(kind).float(), x.float(), g.float())
+    assert_each_near(found.double(), input_hessian_solve(model, x, g), 1e-2)
 
 
 @pytest.mark.parametrize("kind", ["rectifier", "conv", "smooth", "others"])
