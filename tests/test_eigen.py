@@ -445,13 +445,17 @@ def test_a_basis_that_holds_all_rows_is_not_restarted(n: int, k: int) -> None:
     assert found.converged
 
 
-@pytest.mark.parametrize("n", [14, 24, 34, 44, 54])
+@pytest.mark.parametrize("n", [24, 34, 44, 54])
 def test_a_restarted_solve_of_a_small_matrix_is_right_where_it_says_so(n: int) -> None:
     H = Diagonal(torch.cat([torch.full((3,), 5.0), torch.linspace(-4, 4, n - 3)]).double())
+    rows, converged = fewest_rows(H, 3), 0
     for seed in range(6):
-        found = lanczos(H, 3, which="LA", generator=seeded(seed), max_basis=fewest_rows(H, 3))
+        found = lanczos(H, 3, which="LA", generator=seeded(seed), max_basis=rows)
+        assert found.n_matvecs > rows
         if found.converged:
+            converged += 1
             assert found.eigenvalues.tolist() == pytest.approx([5.0] * 3, rel=1e-4), f"seed {seed}"
+    assert converged
 
 
 def test_a_restarted_solve_may_make_more_products_than_the_matrix_has_rows() -> None:

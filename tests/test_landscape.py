@@ -183,6 +183,14 @@ def test_losses_of_a_float32_network_are_weighted_in_float64() -> None:
     assert float(found.losses["all"]) == pytest.approx(float(a_tenth), rel=1e-15)
 
 
+def test_autocast_outside_does_not_lower_the_precision_inside() -> None:
+    model, (x, y) = network().float(), samples()
+    sets = {"all": batched(x.float(), y, 7)}
+    expected = along(model, F.cross_entropy, sets, drawn(model), LINE)
+    with torch.autocast("cpu"):
+        assert_same(along(model, F.cross_entropy, sets, drawn(model), LINE), expected)
+
+
 def test_plane_agrees_with_the_line_on_its_axes() -> None:
     model, sets = network(), {"all": batched(*samples(), 5)}
     d, e = drawn(model, 1), drawn(model, 2)

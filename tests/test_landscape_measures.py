@@ -142,13 +142,18 @@ def test_more_samples_than_there_are_is_an_input_error() -> None:
         Spectrum.parse({"split": "train", "k": 1, "tol": 1e-4, "samples": 3}, "here")
 
 
-def test_density_has_the_mass_and_the_mean_of_the_spectrum(store: Store) -> None:
+def test_density_has_the_mass_and_the_mean_of_the_spectrum_that_its_probe_sees(store: Store) -> None:
     task = first("density")
     (wanted,) = task.measures
     assert isinstance(wanted, Density)
+    assert wanted.probes == 1
     found = values(store, task.spec, wanted)
-    weights, nodes = torch.tensor(found["weights"]), torch.tensor(found["nodes"])
-    assert weights.sum(1).tolist() == pytest.approx([1.0] * wanted.probes)
+    (weights,), (nodes,) = torch.tensor(found["weights"]), torch.tensor(found["nodes"])
+    assert float(weights.sum()) == pytest.approx(1.0)
+    train = load_split(task.spec, "train", CPU)
+    H = HessianOperator(trained_model(store, task.spec), F.cross_entropy, train.batches(60))
+    probe = F.normalize(torch.randn(H.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=0)
+    assert float(weights @ nodes) == pytest.approx(float(probe @ H.matvec(probe)), rel=1e-4)
     leading = values(store, task.spec, Spectrum(split="train", k=2, tol=1e-3))["eigenvalues"]
     assert isinstance(leading, list)
     assert nodes.max() <= leading[0] * 1.001

@@ -77,7 +77,7 @@ def test_all_that_a_step_changes_is_known(data: Splits, monkeypatch: pytest.Monk
         assert torch.equal(ours, theirs)
 
 
-def test_a_captured_step_is_of_whole_minibatches_and_a_perturbed_one_never_captured(data: Splits) -> None:
+def test_steps_are_of_one_minibatch_each_and_have_the_learning_rate_of_the_epoch() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
     seen: list[list[int]] = []
@@ -85,6 +85,23 @@ def test_a_captured_step_is_of_whole_minibatches_and_a_perturbed_one_never_captu
     taken.epoch(torch.arange(7), 3, 0.25)
     assert seen == [[0, 1, 2], [3, 4, 5], [6]]
     assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_steps_under_a_perturbation_are_never_captured(
+    data: Splits, monkeypatch: pytest.MonkeyPatch, perturbed: bool
+) -> None:
+    asked: list[bool] = []
+
+    class Told(steps.Steps):
+        def __init__(self, *args: Any, capture: bool = True) -> None:
+            super().__init__(*args, capture=capture)
+            asked.append(capture)
+
+    monkeypatch.setattr("hessnb.training.Steps", Told)
+    perturbation = (lambda model, x, y: x) if perturbed else None
+    train(network(), data, replace(RECIPE, max_epochs=1), perturbation=perturbation)
+    assert asked == [not perturbed]
 
 
 @needs_cuda

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.models import build
-from hessnb.together import train_together
+from hessnb.together import is_faster_together, train_together
 from hessnb.training import Diverged, Recipe, State, TrainingFailed, train
 
 RECIPE = Recipe(batch_size=16, lr=0.05, momentum=0.9, max_epochs=4, seed=0)
@@ -101,6 +103,36 @@ def test_a_training_that_fails_in_its_last_epoch_has_failed(in_float64: Callable
         next(models[1].parameters()).fill_(torch.nan)
     found = train_together(models, data, recipes(max_epochs=1))
     assert [type(ended) for ended in found] == [State, Diverged, State]
+
+
+def test_an_epoch_that_shows_a_failure_is_not_told(in_float64: Callable[[str], Splits]) -> None:
+    data, models, seen = in_float64("mnist5k"), networks("M1"), list[tuple[int, int]]()
+    with torch.no_grad():
+        next(models[1].parameters()).fill_(torch.nan)
+    train_together(models, data, recipes(max_epochs=2), on_epoch=lambda i, state: seen.append((i, state.epoch)))
+    assert seen == [(0, 1), (2, 1), (0, 2), (2, 2)]
+
+
+def test_seconds_of_networks_trained_together_are_their_shares(in_float64: Callable[[str], Splits]) -> None:
+    data, models = in_float64("mnist5k"), networks("M1")
+    train_together(networks("M1"), data, recipes(max_epochs=1))  # the first one imports much, outside of its steps
+    started = time.perf_counter()
+    found = train_together(models, data, recipes(batch_size=2, max_epochs=2))
+    whole = time.perf_counter() - started
+    told = [line.seconds for state in found if isinstance(state, State) for line in state.history]
+    assert 0.5 * whole < sum(told) <= whole
+
+
+def test_timing_leaves_the_networks_as_they_are(
+    in_float64: Callable[[str], Splits], untouched: Callable[..., AbstractContextManager[None]]
+) -> None:
+    data, models = in_float64("mnist5k").train, networks("M1")
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(untouched(model.eval()))
+        assert is_faster_together(models, data, RECIPE) in (True, False)
+    with pytest.raises(InputError, match="has only 70 samples"):
+        is_faster_together(models, data, replace(RECIPE, batch_size=71))
 
 
 @pytest.mark.parametrize(
