@@ -286,7 +286,10 @@ def test_export_and_import_on_the_command_line(full: Store, tmp_path: Path) -> N
     assert "0 result(s) imported" in call("store", "import", *files, "--store", tmp_path / "other").stdout
     everything = call("store", "export", tmp_path / "everything", *options)
     assert "2 network(s) in 1 file(s)" in everything.stdout
-    assert "0 network(s) in 0 file(s)" in call("store", "export", tmp_path / "none", "--store", full.root).stdout
+    shown = call("store", "export", tmp_path / "none", "--store", full.root)  # the default profile is "paper"
+    assert shown.exit_code == 2
+    assert "no finished run of these under the profile paper" in shown.stderr
+    assert not (tmp_path / "none").exists()
     for size in ("15", "MB", "-1MB", "15XB"):
         shown = call("store", "export", tmp_path / "out", *options, "--max-size", size)
         assert shown.exit_code == 2
