@@ -64,7 +64,7 @@ def transfer(models: Mapping[str, nn.Module], sets: Mapping[str, Tensor], y: Ten
 def worst_case(model: nn.Module, attacked: Sequence[Tensor], y: Tensor) -> Interval:
     """Return the share of samples that are right under each one of several attacks: the per-sample worst case.
 
-    Raises InputError for no attack at all, and for as many samples as labels that are not (N,).
+    Raises InputError for no attack at all, and for labels that are not one for each sample.
     """
     if not attacked:
         raise InputError("there are no attacked samples: give those of at least one attack")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,39 +102,36 @@ def test_store_of_which_only_the_locks_were_made_is_one(tmp_path: Path, monkeypa
     Store(tmp_path / "store").save_checkpoint(SPEC, STATE)
 
 
-def test_run_is_not_there_before_its_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def killed_after_the_first(owner: object, name: str) -> Iterator[list[str]]:
+    """Let the first call of what places or removes a file through and stop the second; tell which file it was."""
+    done, whole = list[str](), getattr(owner, name)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(next(arg for arg in reversed(args) if isinstance(arg, Path)).name)
+        whole(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, killed)
+        yield done
+
+
+def test_run_is_not_there_before_its_weights_are(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     store.save_checkpoint(SPEC, STATE)
-    placed, place = list[str](), os.replace
-
-    def killed(source: str, target: Path) -> None:
-        if placed:
-            raise KeyboardInterrupt
-        placed.append(target.name)
-        place(source, target)
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after_the_first(os, "replace") as placed:
         store.save_result(RESULT, STATE)
-    monkeypatch.undo()
     assert placed == ["weights.safetensors"]
     assert store.result(SPEC) is None
     assert store.checkpoint(SPEC) is not None, "it goes on from there"
 
 
-def test_run_that_gives_way_goes_before_what_belongs_to_it(full: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    body, gone, unlink = full.file(SPEC, "run.json").read_bytes(), list[str](), Path.unlink
-
-    def killed(path: Path, missing_ok: bool = False) -> None:
-        if gone:
-            raise KeyboardInterrupt
-        gone.append(path.name)
-        unlink(path, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", killed)
-    with pytest.raises(KeyboardInterrupt):
+def test_run_that_gives_way_goes_before_what_belongs_to_it(full: Store) -> None:
+    body = full.file(SPEC, "run.json").read_bytes()
+    with killed_after_the_first(Path, "unlink") as gone:
         full.adopt(SPEC, {"run.json": body}, anew=True)
-    monkeypatch.undo()
     assert gone == ["run.json"]
     assert full.result(SPEC) is None, "what is left of it belongs to no result"
 

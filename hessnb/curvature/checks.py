@@ -222,34 +222,23 @@ def _rounding(outputs: Tensor) -> float:
     return min(1e3 * eps, math.sqrt(eps))  # the latter for half precision
 
 
-def symmetric(forward: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: Tensor) -> None:
-    """Raise InputError unless the second derivative of the outputs, by the parameters, is symmetric on a few samples.
+def symmetric(product: Callable[[list[Tensor], bool], Sequence[Tensor]], parameters: Sequence[Tensor]) -> None:
+    """Raise InputError unless a second derivative by the parameters is symmetric, as far as two random vectors tell.
 
-    All that is done with a Hessian rests on it, and not every layer's derivative can be differentiated again: that of
+    ``product`` maps a vector, in the parameters' shapes, to its product, and takes whether it will be called again. All
+    that is done with a Hessian rests on it, and not every layer's derivative can be differentiated again: that of
     weight normalisation is wrong in PyTorch, and a gradient written by hand may be that of no function.
     """
     generator = torch.Generator().manual_seed(0)
-
-    def drawn(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
-
-    outputs = forward(x)
-    slope = (outputs * drawn(outputs)).sum()
-    gradient = torch.autograd.grad(slope, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
-    gradient = tuple(part if part.requires_grad else part.requires_grad_() for part in gradient)
-    u, v = ([drawn(p) for p in parameters] for _ in range(2))
-    Hu, Hv = (
-        torch.autograd.grad(gradient, parameters, w, retain_graph=again, allow_unused=True, materialize_grads=True)
-        for w, again in ((u, True), (v, False))
-    )
+    u, v = ([torch.randn(p.shape, generator=generator).to(p) for p in parameters] for _ in range(2))
+    Hu, Hv = product(u, True), product(v, False)
 
     def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         return sum(float((s.double() * t.double()).sum()) for s, t in zip(a, b, strict=True))
 
     # Of random vectors, so that this is the size of either side where n is large.
     scale = (dot(u, u) * dot(Hv, Hv) / sum(p.numel() for p in parameters)) ** 0.5
-    allowed = 10 * torch.finfo(outputs.dtype).eps ** 0.5 * scale
-    if abs(dot(u, Hv) - dot(v, Hu)) > allowed:
+    if abs(dot(u, Hv) - dot(v, Hu)) > 10 * torch.finfo(parameters[0].dtype).eps ** 0.5 * scale:
         raise InputError(
             f"the second derivative of the model is not symmetric: u H v = {dot(u, Hv):.6g} and v H u = "
             f"{dot(v, Hu):.6g}. PyTorch's weight normalisation is known for it "

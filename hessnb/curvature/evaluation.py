@@ -144,7 +144,7 @@ def in_chunks(
     model: nn.Module, x: Tensor, y: Tensor | None, memory: int, extra: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Go through samples and labels in chunks of about ``memory`` bytes: three graphs' worth and ``extra`` a sample."""
-    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y.to(torch.int64).clone()
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
     graph = held_bytes(lambda: differentiable(model, x[:1]), [*model.parameters(), *model.buffers()])
     size = max(1, memory // max(1, 3 * graph + extra))  # a graph that is only views holds nothing
     yield from zip(x.split(size), labels.split(size), strict=True)

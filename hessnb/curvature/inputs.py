@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hessnb.curvature import checks
 from hessnb.curvature.closed_form import closed_forms, piecewise_linear, require_piecewise_linear
 from hessnb.curvature.evaluation import (
+    PROBES,
     check_samples,
     cross_entropy_in_differences,
     differentiable,
@@ -75,11 +76,12 @@ def input_gradient_norms(model: nn.Module, x: Tensor, y: Tensor, *, memory: int 
     norms = [x.new_zeros(0, dtype=torch.float64)]
     with evaluation(model):
         for part, labels in in_chunks(model, x, y, memory, 0):
+            own = labels.to(torch.int64)[:, None]
             leaf, logits = differentiable(model, part)
             slope = F.softmax(logits.detach().double(), dim=1)
             # p_y - 1 is minus the sum of the others, which does not cancel.
-            slope.scatter_(1, labels[:, None], 0.0)
-            slope.scatter_(1, labels[:, None], -slope.sum(1, keepdim=True))
+            slope.scatter_(1, own, 0.0)
+            slope.scatter_(1, own, -slope.sum(1, keepdim=True))
             length = torch.linalg.vector_norm(slope, dim=1)
             direction = (slope / length.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).to(logits.dtype)
             (pulled,) = torch.autograd.grad(logits, leaf, direction, materialize_grads=True)
@@ -176,7 +178,7 @@ def input_hessian(model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool = 
     Raises InputError for samples, labels and a model that do not fit together, outputs that are not finite, and, but
     for ``train_mode``, samples that depend on each other.
     """
-    check_samples(model, x, y, **({"probes": 0} if train_mode else {}))
+    check_samples(model, x, y, probes=0 if train_mode else PROBES)
     with evaluation(model):
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         if train_mode:

@@ -270,23 +270,14 @@ class HessianOperator(CurvatureOperator):
 
     def _check_derivatives(self) -> None:
         with self._layers():
-            checks.symmetric(self._forward, self._parameters, self._batches[0].x[:2])
+            outputs = self._forward(self._batches[0].x[:2])
+        weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+        checks.symmetric(_second_derivative((outputs * weights).sum(), self._parameters), self._parameters)
 
     def _linearise(self, x: Tensor, y: Tensor) -> Linearisation:
-        parameters = self._parameters
         with self._layers():
             loss = self._loss(self._forward(x), y)
-        gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
-        # Where the loss is linear in a parameter its gradient has no graph; as a leaf it differentiates to zero.
-        gradient = tuple(part if part.requires_grad else part.requires_grad_() for part in gradient)
-
-        def product(v: list[Tensor], again: bool) -> Sequence[Tensor]:
-            # H is symmetric, so the vector-Jacobian product of the gradient is the product H v.
-            return torch.autograd.grad(
-                gradient, parameters, v, retain_graph=again, allow_unused=True, materialize_grads=True
-            )
-
-        return product
+        return _second_derivative(loss, self._parameters)
 
 
 class GGNOperator(CurvatureOperator):
@@ -320,6 +311,21 @@ class GGNOperator(CurvatureOperator):
             )
 
         return product
+
+
+def _second_derivative(value: Tensor, parameters: list[nn.Parameter]) -> Linearisation:
+    """Return the map from a vector to its product with the second derivative of a scalar by the parameters."""
+    gradient = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+    # Where the value is linear in a parameter its gradient has no graph; as a leaf it differentiates to zero.
+    gradient = tuple(part if part.requires_grad else part.requires_grad_() for part in gradient)
+
+    def product(v: list[Tensor], again: bool) -> Sequence[Tensor]:
+        # H is symmetric, so the vector-Jacobian product of the gradient is the product H v.
+        return torch.autograd.grad(
+            gradient, parameters, v, retain_graph=again, allow_unused=True, materialize_grads=True
+        )
+
+    return product
 
 
 def _select(pairs: list[tuple[Tensor, Tensor]], samples: Tensor | Sequence[int]) -> list[tuple[Tensor, Tensor]]:
