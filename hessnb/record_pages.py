@@ -71,7 +71,8 @@ def _run_row(outcome: Outcome, address: str) -> str:
     spec, told = outcome.task.spec, outcome.result.provenance
     recipe = spec.recipe
     until = f"to loss {recipe.loss_target:g}" if recipe.loss_target else f"{recipe.max_epochs} epochs"
-    attack = f", trained on under {spec.attack.label}" if spec.attack else ""
+    under = f"under {spec.attack.label}" if spec.attack else "without an attack"
+    attack = f", trained on {under}" if spec.parent else ""
     taken = [m.provenance["seconds"] for m in outcome.measurements.values()]
     return _line(
         f"[{spec.label}]({address}/{spec.slug}/run.json)",

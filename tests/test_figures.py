@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 from hessnb import figures
 from hessnb.experiments.record import recorded
 from hessnb.experiments.run import Outcome
+from hessnb.experiments.store import Measurement
 from hessnb.paper.large_batch import attacked
+from hessnb.paper.recorded import Recorded, from_record
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +62,24 @@ def test_accuracy_line_goes_through_the_means(seeds: list[Outcome]) -> None:
 def test_nothing_recorded_draws_no_line_of_ours(seeds: list[Outcome]) -> None:
     axis = figures.lambda1_against_batch("table7", seeds, []).axes[0]
     assert "ours, paper's scale" not in [line.get_label() for line in axis.lines]
+
+
+def test_spectra_are_those_of_the_first_seed_and_what_is_missing_says_so() -> None:
+    task, result = next((o.task, o.result) for o in from_record("fig1") if o.measurements)
+    (measure,) = task.measures
+
+    def outcome(batch_size: int, seed: int, eigenvalues: list[float], name: str = "M1") -> Recorded:
+        model = task.spec.model.model_copy(update={"name": name})
+        recipe = replace(task.spec.recipe, batch_size=batch_size, seed=seed)
+        spec = task.spec.model_copy(update={"model": model, "recipe": recipe})
+        found = {measure: Measurement(measure, {"eigenvalues": eigenvalues}, {})} if eigenvalues else {}
+        return Recorded(replace(task, spec=spec), result, found, "laptop", papers_own=name == "M1")
+
+    small, missing, large = outcome(64, 0, [3.0, 2.0]), outcome(128, 0, []), outcome(256, 0, [9.0, 4.0])
+    again, other = outcome(64, 1, [7.0, 6.0]), outcome(64, 0, [], "C1")
+    left, right = figures.spectra([small, missing, large, again, other]).axes
+    assert [np.asarray(line.get_ydata()).tolist() for line in left.lines] == [[3.0, 2.0], [9.0, 4.0]]
+    assert [line.get_label() for line in left.lines] == ["B = 64", "B = 256"]
+    assert (left.get_title(), left.get_yscale()) == ("M1", "log")
+    assert (right.get_title(), right.lines[:]) == ("C1 (laptop)", [])
+    assert [text.get_text() for text in right.texts] == ["not measured yet"]

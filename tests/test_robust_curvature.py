@@ -25,6 +25,7 @@ from hessnb.experiments.store import Measurement, Store
 from hessnb.figures import robust as figures_robust
 from hessnb.models import build, layers
 from hessnb.paper import robust_curvature as rc
+from hessnb.paper.adversarial import network_name
 from hessnb.paper.recorded import Recorded, from_record
 from hessnb.paper.tables import NOT_MEASURED
 from hessnb.training import train
@@ -44,7 +45,7 @@ def outcomes(store: Store) -> list[Outcome]:
 
 
 def test_control_is_the_original_trained_on_without_an_attack(store: Store, outcomes: list[Outcome]) -> None:
-    names = [rc.training_name(o.task.spec) for o in outcomes]
+    names = [network_name(o.task.spec) for o in outcomes]
     assert names == ["ORI", "FGSM", "FGSM-10", "L2GRAD", "FHSM", "L2HESS", "control"]
     spec = outcomes[-1].task.spec
     assert spec.parent == outcomes[0].task.spec
@@ -53,8 +54,25 @@ def test_control_is_the_original_trained_on_without_an_attack(store: Store, outc
     train(plain, load_data(spec.data, "cpu"), spec.recipe)
     found, attacked = (trained_model(store, outcomes[i].task.spec) for i in (-1, 1))
     theta = [parameters_to_vector(network.parameters()).detach() for network in (plain, found, attacked)]
-    # The same inputs lie elsewhere in memory, and are summed in another order.
-    assert float((theta[1] - theta[0]).abs().max()) < 1e-3 * float((theta[2] - theta[0]).abs().max())
+    assert torch.equal(theta[0], theta[1])
+    assert not torch.allclose(theta[0], theta[2], rtol=1e-3)
+
+
+def test_record_with_control_keeps_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_profile("paper").adversarial["M1"]
+    *_, full = artefact("fig11").tasks(load_profile("paper"), 1)[0].measures
+    (task,) = (t for t in artefact("control").tasks(load_profile("paper"), 1) if t.spec == settings.control(0))
+    line = task.measures[-1]
+    measured = {m: Measurement(m, {"eigenvalues": [1.0]}, {}) for m in (full, line)}
+    held = {"control": [Recorded(task, None, measured, "paper")], "fig11": from_record("fig11")}
+    monkeypatch.setattr(rc, "from_record", held.__getitem__)
+    *robust, control = rc.recorded_with_control("fig11")
+    assert robust == held["fig11"]
+    assert network_name(control.task.spec) == "control"
+    assert control.task.measures == robust[0].task.measures
+    assert control.measurements == {full: measured[full]}
+    held["fig5"] = from_record("fig5")
+    assert rc.recorded_with_control("fig5") == held["fig5"], "a control of another network"
 
 
 def test_spectra_of_single_samples_are_certified_and_come_in_order(outcomes: list[Outcome]) -> None:
@@ -135,7 +153,7 @@ def test_answers_leave_out_the_control_and_what_is_not_significant() -> None:
     made = {
         original: ([100.0, -0.5], [8.0, 1.0], [4.0, 1.0]),
         robust: ([1.0, -0.5], [3.0, 1.0], [2.0, 1.0]),
-        rc.control(original, robust): ([1.0, -1.0], [50.0, 1.0], [1.0, 0.5]),
+        settings.control(0): ([1.0, -1.0], [50.0, 1.0], [1.0, 0.5]),
     }
     outcomes = [
         Outcome(
@@ -263,8 +281,8 @@ def test_a_profile_chooses_networks_and_eigenvalues_by_name() -> None:
     chosen = AdversarialTraining.parse({**content, "curvature_of": ["L2GRAD"], "eigenvalues": 3}, "here")
     profile = SMOKE.model_copy(update={"adversarial": {"M1": chosen}})
     tasks = artefact("fig11").tasks(profile)
-    assert [rc.training_name(task.spec) for task in tasks] == ["ORI", "L2GRAD"]
+    assert [network_name(task.spec) for task in tasks] == ["ORI", "L2GRAD"]
     assert {m.k for task in tasks for m in task.measures if isinstance(m, Spectrum)} == {3}
-    assert [rc.training_name(task.spec) for task in artefact("fig10").tasks(profile)] == ["L2GRAD"]
+    assert [network_name(task.spec) for task in artefact("fig10").tasks(profile)] == ["L2GRAD"]
     with pytest.raises(InputError, match="unknown attack"):
         AdversarialTraining.parse({**content, "curvature_of": ["NONE"]}, "here")

@@ -65,7 +65,6 @@ def test_absent_fields_do_not_enter_the_key() -> None:
         ({"attack": {"method": "FGSM", "eps": 0.1, "clip": False}}, "parent"),
         ({"attack": {"method": "CW", "eps": 0.1, "clip": False}}, "CW"),
         ({"attack": {"method": "FGSM", "eps": 0.1, "clip": False, "cg_steps": 3}}, "cg_steps"),
-        ({"parent": SPEC.model_dump(mode="json")}, "attack"),
         ({"colour": "blue"}, "colour"),
     ],
 )
@@ -153,6 +152,23 @@ def test_paper_profile_trains_against_each_attack_and_tests_all_on_all(name: str
         }
         assert {(m.attack.eps, m.attack.clip, m.split) for m in attacks} == {(eps, False, "test")}
         assert {m.attack.cg_steps for m in attacks if m.attack.method in ("FHSM", "L2HESS")} == {3}
+
+
+@pytest.mark.parametrize("profile", profile_names())
+def test_controls_are_robust_runs_without_attack_and_measured_as_these(profile: str) -> None:
+    settings = load_profile(profile)
+    controls = {task.spec.model.name: task for task in grid.artefact("control").tasks(settings, 1)}
+    figures = {"M1": ("fig11", "fig12"), "C3": ("fig5", "fig13")}
+    assert controls.keys() == figures.keys()
+    for network, control in controls.items():
+        robust = settings.adversarial[network].robust("L2GRAD", 0)
+        assert control.spec.attack is None
+        assert robust.model_copy(update={"attack": None}) == control.spec
+        assert control.spec.label == robust.label.replace("L2GRAD", "control")
+        theirs = {
+            measure for name in figures[network] for measure in grid.artefact(name).tasks(settings, 1)[0].measures
+        }
+        assert set(control.measures) == theirs
 
 
 @pytest.mark.parametrize("profile", profile_names())

@@ -256,13 +256,24 @@ def _subsampled(profile: Profile, name: str, samples: int | None, draw: int | No
     return Spectrum(split="train", k=k, tol=profile.spectrum.tol, samples=samples, draw=draw)
 
 
+def _sampled_spectra(profile: Profile, name: str) -> tuple[Measure, ...]:
+    """Return the spectra of single samples twice, of a batch, and of all samples."""
+    draws = ((1, 0), (1, 1), (profile.landscape.batch, 0), (None, None))
+    return tuple(_subsampled(profile, name, samples, draw) for samples, draw in draws)
+
+
+def _batch_line(profile: Profile, name: str) -> tuple[Measure, ...]:
+    """Return the losses along the dominant eigenvector of a batch, and the spectrum that it is taken from."""
+    drawn = profile.landscape
+    first = _subsampled(profile, name, drawn.batch, 0)
+    return first, LossLine(along=first, reach=drawn.reach, points=drawn.line_points, batch=drawn.batch)
+
+
 def _robust_spectra(name: str) -> Tasks:
-    """Return the spectra of original and robust networks: of single samples twice, of a batch, and of all samples."""
+    """Return the spectra of original and robust networks."""
 
     def tasks(profile: Profile, seed: int) -> list[Task]:
-        draws = ((1, 0), (1, 1), (profile.landscape.batch, 0), (None, None))
-        spectra = tuple(_subsampled(profile, name, samples, draw) for samples, draw in draws)
-        return [Task(network, spectra) for network in _six(profile, name, seed)]
+        return [Task(network, _sampled_spectra(profile, name)) for network in _six(profile, name, seed)]
 
     return tasks
 
@@ -271,12 +282,18 @@ def _robust_lines(name: str) -> Tasks:
     """Return the losses of original and robust networks along the dominant eigenvector of a sub-sampled Hessian."""
 
     def tasks(profile: Profile, seed: int) -> list[Task]:
-        drawn = profile.landscape
-        first = _subsampled(profile, name, drawn.batch, 0)
-        line = LossLine(along=first, reach=drawn.reach, points=drawn.line_points, batch=drawn.batch)
-        return [Task(network, (first, line)) for network in _six(profile, name, seed)]
+        return [Task(network, _batch_line(profile, name)) for network in _six(profile, name, seed)]
 
     return tasks
+
+
+def _controls(profile: Profile, seed: int) -> list[Task]:
+    """Return the spectra and lines of the robust networks for those that were trained as long without an attack."""
+
+    def measures(name: str) -> tuple[Measure, ...]:
+        return tuple(dict.fromkeys([*_sampled_spectra(profile, name), *_batch_line(profile, name)]))
+
+    return [Task(profile.adversarial[name].control(seed), measures(name)) for name in ("M1", "C3")]
 
 
 def _six(profile: Profile, name: str, seed: int) -> list[RunSpec]:
@@ -404,6 +421,7 @@ ARTEFACTS = {
         Artefact("fig11", "Spectra of sub-sampled Hessians, original and robust (M1)", _robust_spectra("M1")),
         Artefact("fig12", "Loss along an eigenvector, original and robust (M1)", _robust_lines("M1")),
         Artefact("fig13", "Loss along an eigenvector, original and robust (C3)", _robust_lines("C3")),
+        Artefact("control", "Spectra and losses of the originals trained on without an attack (M1, C3)", _controls),
         Artefact("density", "Spectral density of the Hessian against batch size (M1)", _densities),
         Artefact("layers", "Hessian eigenvalues layer by layer, smallest and largest batch (M1)", _layers),
         Artefact("edge", "Largest eigenvalue along gradient descent, by learning rate (M1)", _edge),

@@ -91,13 +91,12 @@ class AdversarialTraining(Frozen):
 
     def robust(self, method: str, seed: int) -> RunSpec:
         """Return the run that goes on from the original network under an attack."""
-        return RunSpec(
-            data=self.data,
-            model=self.model,
-            recipe=self._recipe(self.adversarial_epochs, seed),
-            attack=self.attack(method),
-            parent=self.original(seed),
-        )
+        return self.control(seed).model_copy(update={"attack": self.attack(method)})
+
+    def control(self, seed: int) -> RunSpec:
+        """Return the run that goes on from the original network as a robust one does, but without an attack."""
+        recipe = self._recipe(self.adversarial_epochs, seed)
+        return RunSpec(data=self.data, model=self.model, recipe=recipe, parent=self.original(seed))
 
     def attack(self, method: str) -> AttackSpec:
         """Return an attack of Table 5 as Tables 3 and 4 take it: not clipped."""

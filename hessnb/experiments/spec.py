@@ -136,7 +136,7 @@ class AttackSpec(Frozen):
 class RunSpec(Frozen):
     """One trained network: which data, which model, which recipe (with its seed).
 
-    With ``attack`` and ``parent`` it is the network of the parent run, trained on under the attack (Algorithm 1).
+    With ``parent`` it is the network of that run, trained on: under ``attack`` (Algorithm 1), or without, as a control.
     """
 
     data: DataSpec
@@ -161,8 +161,8 @@ class RunSpec(Frozen):
         given = 1 if self.data.name in ("mnist", "mnist5k") else 3
         if needed != given:
             raise InputError(f"{self.model.name} takes {needed} colour channels, {self.data.name} has {given}")
-        if (self.attack is None) != (self.parent is None):
-            raise InputError("attack and parent belong together: give both or neither")
+        if self.attack is not None and self.parent is None:
+            raise InputError("an attack without a parent: give the run from which training goes on")
         if self.parent is not None and self.parent.model != self.model:
             raise InputError(f"the parent is {self.parent.label}: it must be the same network, {self.model.name}")
         return self
@@ -170,7 +170,7 @@ class RunSpec(Frozen):
     @property
     def label(self) -> str:
         """A short readable name, not unique: network, data, batch size, seed."""
-        under = f"-{self.attack.method}" if self.attack else ""
+        under = f"-{self.attack.method}" if self.attack else "-control" if self.parent else ""
         return f"{self.model.name}-{self.data.name}{under}-b{self.recipe.batch_size}-s{self.recipe.seed}"
 
     @property

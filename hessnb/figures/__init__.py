@@ -18,12 +18,13 @@ from hessnb.data import Splits
 from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy
-from hessnb.figures.style import COLOURS, MARKERS, style
+from hessnb.figures.style import COLOURS, MARKERS, absent, style, titled
 from hessnb.models import layers
 from hessnb.paper.adversarial import accuracy_under, network_name
 from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
 from hessnb.paper.large_batch import attacked, input_gradient, input_lambda1, lambda1
 from hessnb.paper.published import published
+from hessnb.paper.robust_curvature import of_first_seed
 
 
 def _new(
@@ -73,23 +74,27 @@ def training_curves(outcomes: Sequence[Outcome]) -> Figure:
 def spectra(outcomes: Sequence[Outcome]) -> Figure:
     """Show the top eigenvalues of the training loss against their index, one line a batch size (the paper's Fig. 1).
 
-    One panel a network.
+    One panel a network; of several seeds the first. What has not been measured says so.
     """
-    networks = list(dict.fromkeys(outcome.task.spec.model.name for outcome in outcomes))
+    first = of_first_seed(outcomes)
+    networks = list(dict.fromkeys(outcome.task.spec.model.name for outcome in first))
     with style():
         figure, axes = _new(len(networks), width=6.0 if len(networks) == 1 else 7.0)
         for axis, network in zip(axes, networks, strict=True):
-            shown = [o for o in outcomes if o.task.spec.model.name == network and o.eigenvalues("train")]
-            for i, outcome in enumerate(shown):
-                eigenvalues = outcome.eigenvalues("train")
-                axis.semilogy(
-                    range(1, len(eigenvalues) + 1),
-                    eigenvalues,
-                    marker=MARKERS[i % len(MARKERS)],
-                    color=COLOURS[i % len(COLOURS)],
-                    label=f"B = {outcome.task.spec.recipe.batch_size}",
-                )
-            axis.set(title=network, xlabel="index of the eigenvalue")
+            trained = [o for o in first if o.task.spec.model.name == network]
+            axis.set(title=titled(network, trained[0]), xlabel="index of the eigenvalue")
+            for i, outcome in enumerate(trained):
+                if eigenvalues := outcome.eigenvalues("train"):
+                    axis.semilogy(
+                        range(1, len(eigenvalues) + 1),
+                        eigenvalues,
+                        marker=MARKERS[i % len(MARKERS)],
+                        color=COLOURS[i % len(COLOURS)],
+                        label=f"B = {outcome.task.spec.recipe.batch_size}",
+                    )
+            if not axis.lines:
+                absent(axis)
+                continue
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.legend(ncols=2, fontsize=9)
         axes[0].set_ylabel("eigenvalue of the training Hessian")

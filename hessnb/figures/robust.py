@@ -27,7 +27,8 @@ from hessnb.figures.style import (
     style,
     titled,
 )
-from hessnb.paper.robust_curvature import eigenvalues, line, of_first_seed, samples_label, spectra, training_name
+from hessnb.paper.adversarial import network_name
+from hessnb.paper.robust_curvature import eigenvalues, line, of_first_seed, samples_label, spectra
 
 # Decades of a log axis to each side of zero.
 _DECADES = 4
@@ -62,7 +63,7 @@ def robust_spectra(outcomes: Sequence[Outcome]) -> Figure:
         figure, axes = grid(len(spectra(shown)), height=2.7)
         for axis, measure in zip(axes, spectra(shown), strict=False):
             axis.set_title(titled(f"$B_H$ = {samples_label(measure)}", shown[0]), fontsize=11)
-            lines = {training_name(o.task.spec): eigenvalues(o, measure) for o in shown}
+            lines = {network_name(o.task.spec): eigenvalues(o, measure) for o in shown}
             if not any(lines.values()):
                 absent(axis)
                 continue
@@ -73,7 +74,7 @@ def robust_spectra(outcomes: Sequence[Outcome]) -> Figure:
                 )  # fmt: skip
             _signed_log(axis, [v for values in lines.values() for v in values])
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        legend(figure, {training_name(o.task.spec): _mark(i) for i, o in enumerate(shown)}, columns=4)
+        legend(figure, {network_name(o.task.spec): _mark(i) for i, o in enumerate(shown)}, columns=4)
         name_axes(figure, "index of the eigenvalue", "eigenvalue")
     return figure
 
@@ -99,7 +100,7 @@ def few_against_all(networks: Mapping[str, Sequence[Outcome]]) -> Figure:
                         *zip(*points, strict=True), linestyle="", marker=MARKERS[i % len(MARKERS)],
                         color=COLOURS[i % len(COLOURS)], markersize=4, alpha=0.7,
                     )  # fmt: skip
-                    labels[training_name(outcome.task.spec)] = _mark(i)
+                    labels[network_name(outcome.task.spec)] = _mark(i)
             if len(every) == 1:
                 absent(axis)
                 continue
@@ -119,7 +120,7 @@ def _lines(
             return nothing("all networks")
         figure, axes = grid(len(shown), height=1.9, shared=True)
         for axis, outcome in zip(axes, shown, strict=False):
-            axis.set_title(titled(training_name(outcome.task.spec), outcome), fontsize=11)
+            axis.set_title(titled(network_name(outcome.task.spec), outcome), fontsize=11)
             values = line(outcome, kind)
             if values is None:
                 absent(axis)

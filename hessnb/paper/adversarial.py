@@ -17,6 +17,7 @@ from hessnb.paper.tables import NOT_MEASURED, PROFILE, Table, mean_and_spread
 from hessnb.robustness import checklist
 
 ORIGINAL = "ORI"
+CONTROL = "control"
 
 
 def transfer(table: str, outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
@@ -34,8 +35,8 @@ def white_box(table: str, outcomes: Sequence[Outcome], *, name: str, caption: st
 
 
 def network_name(spec: RunSpec) -> str:
-    """Return the paper's index of a network: "ORI", or the attack that it was trained under."""
-    return spec.attack.method if spec.attack else ORIGINAL
+    """Return the paper's index of a network, "ORI" or the attack that it was trained under, or "control"."""
+    return spec.attack.method if spec.attack else CONTROL if spec.parent else ORIGINAL
 
 
 def accuracy_under(outcome: Outcome, method: str, *, white_box: bool) -> float | None:

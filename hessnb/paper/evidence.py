@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 
 from hessnb.attacks import ATTACKS
+from hessnb.paper.adversarial import ORIGINAL
 from hessnb.paper.tables import SUBSCRIPTS
 from hessnb.paper.verdicts import Part
 from hessnb.statistics import Interval, difference, exact_proportion, geometric_mean, mean, proportion, spearman
-
-ORIGINAL = "ORI"
 
 Frames = Mapping[str, pd.DataFrame]
 

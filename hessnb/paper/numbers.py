@@ -37,6 +37,7 @@ from hessnb.experiments.spec import (
     Spectrum,
 )
 from hessnb.experiments.store import Measurement
+from hessnb.paper.adversarial import network_name
 from hessnb.paper.published import ADVERSARIAL, LARGE_BATCH, published
 from hessnb.paper.recorded import Recorded
 
@@ -70,7 +71,7 @@ def _row(outcome: Recorded) -> Row:
     row: Row = {
         "network": spec.model.name,
         "batch_size": spec.recipe.batch_size,
-        "training": spec.attack.method if spec.attack else "ORI",
+        "training": network_name(spec),
         "seed": spec.recipe.seed,
         "profile": outcome.scale,
         "n_test": spec.data.n_test or _N_TEST,

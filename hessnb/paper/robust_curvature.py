@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +20,23 @@ from hessnb import training
 from hessnb.attacks import ATTACKS
 from hessnb.curvature import GGNOperator, HessianOperator, lanczos
 from hessnb.data import Split
-from hessnb.experiments.grid import Task
+from hessnb.experiments.grid import Task, artefact
 from hessnb.experiments.measure import hessian_batch
 from hessnb.experiments.networks import drawn, load_split, trained_model
+from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import Outcome, all_trained, compute, results
-from hessnb.experiments.spec import AttackSpec, Interpolation, LossLine, RunSpec, Spectrum
-from hessnb.experiments.store import Store
+from hessnb.experiments.spec import Interpolation, LossLine, Measure, RunSpec, Spectrum
+from hessnb.experiments.store import Measurement, Store
 from hessnb.models import layers
-from hessnb.paper.adversarial import ORIGINAL, network_name
+from hessnb.paper.adversarial import CONTROL, ORIGINAL, network_name
 from hessnb.paper.landscapes import sample_losses
 from hessnb.paper.numbers import second_derivative, second_difference
 from hessnb.paper.origins import origins
-from hessnb.paper.recorded import Recorded, profiles
+from hessnb.paper.recorded import Recorded, from_record, profiles
 from hessnb.paper.tables import NOT_MEASURED, PROFILE, Table, mean_and_spread
 from hessnb.precision import full_precision
 
-CONTROL = "control"
-
-# An attack of this size moves no pixel: in float32 it is zero.
-_NO_ATTACK = AttackSpec(method="FGSM", eps=1e-300, clip=False)
-
 # -- networks --------------------------------------------------------------------------------------------------------
-
-
-def control(original: RunSpec, robust: RunSpec) -> RunSpec:
-    """Return the run that goes on from ``original`` by the recipe of ``robust``, but without an attack."""
-    return robust.model_copy(update={"attack": _NO_ATTACK, "parent": original})
-
-
-def training_name(spec: RunSpec) -> str:
-    """Return the paper's index of a network, "ORI" or its attack, or "control"."""
-    return CONTROL if spec.attack == _NO_ATTACK else network_name(spec)
 
 
 def results_with_control(
@@ -66,10 +52,28 @@ def results_with_control(
     Computes what the store lacks. Raises InputError for an unknown name, and RunFailed when a training failed.
     """
     outcomes = results(name, profile=profile, seeds=seeds, device=device, store=store)
-    recipes = {o.task.spec.parent: o.task.spec for o in outcomes if o.task.spec.parent}
-    originals = [o.task for o in outcomes if o.task.spec.parent is None]
-    tasks = [Task(control(task.spec, recipes[task.spec]), task.measures) for task in originals]
+    tasks = [task for t in artefact("control").tasks(load_profile(profile), seeds) if (task := _shared(t, outcomes))]
     return [*outcomes, *all_trained(compute(Store(store), tasks, device=device))]
+
+
+def recorded_with_control(name: str) -> list[Recorded]:
+    """Return what the record holds of an artefact of original and robust networks, and the same of each control.
+
+    See `from_record`.
+    """
+    outcomes = from_record(name)
+    controls = [(o, task) for o in from_record("control") if (task := _shared(o.task, outcomes))]
+    return [*outcomes, *(replace(o, task=task, measurements=_of(task, o)) for o, task in controls)]
+
+
+def _of(task: Task, outcome: Outcome) -> dict[Measure, Measurement]:
+    return {measure: found for measure, found in outcome.measurements.items() if measure in task.measures}
+
+
+def _shared(control: Task, outcomes: Sequence[Outcome]) -> Task | None:
+    """Return the task of a control with the measures of these outcomes; None: its original is not among them."""
+    wanted = {measure for o in outcomes if o.task.spec == control.spec.parent for measure in o.task.measures}
+    return Task(control.spec, tuple(m for m in control.measures if m in wanted)) if wanted else None
 
 
 def of_first_seed(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -78,7 +82,7 @@ def of_first_seed(outcomes: Sequence[Outcome]) -> list[Outcome]:
     seed = min(measured, default=0)
     order = [ORIGINAL, *ATTACKS, CONTROL]
     chosen = [o for o in outcomes if o.task.spec.recipe.seed == seed]
-    return sorted(chosen, key=lambda o: order.index(training_name(o.task.spec)))
+    return sorted(chosen, key=lambda o: order.index(network_name(o.task.spec)))
 
 
 # -- spectra ---------------------------------------------------------------------------------------------------------
@@ -142,7 +146,7 @@ def curvature_after(
     rows = []
     for measure in measures or spectra(outcomes):
         for network in _networks(outcomes):
-            runs = [o for o in outcomes if training_name(o.task.spec) == network]
+            runs = [o for o in outcomes if network_name(o.task.spec) == network]
             found = [values for o in runs if (values := eigenvalues(o, measure))]
             lost = [losses[o.task.spec, measure] for o in runs] if losses else []
             rows.append(
@@ -181,7 +185,7 @@ def ratios(
 ) -> list[float]:
     """Return a number of a network's spectrum over that of the original network, one for each seed with both."""
     found = {
-        (training_name(o.task.spec), o.task.spec.recipe.seed): number(values)
+        (network_name(o.task.spec), o.task.spec.recipe.seed): number(values)
         for o in outcomes
         if (values := eigenvalues(o, measure))
     }
@@ -196,7 +200,7 @@ def line_curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> 
     """Return the second derivatives of the losses along the eigenvector (Figs 12, 13) at the network, one row each."""
     rows = []
     for network in _networks(outcomes):
-        runs = [o for o in outcomes if training_name(o.task.spec) == network]
+        runs = [o for o in outcomes if network_name(o.task.spec) == network]
         lines = [found for o in runs if (found := line(o, LossLine))]
         curvatures = (
             [second_derivative(found["positions"], found["losses"][of], 0.0) for found in lines]
@@ -211,7 +215,7 @@ def way_curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> T
     """Return the second differences of the losses at both ends of the way from original to robust (Figs 4, 10)."""
     rows = []
     for network in _networks(outcomes):
-        runs = [o for o in outcomes if training_name(o.task.spec) == network]
+        runs = [o for o in outcomes if network_name(o.task.spec) == network]
         ways = [found for o in runs if (found := line(o, Interpolation))]
         cells = []
         for of in ("train", "test"):
@@ -313,7 +317,7 @@ def lowest_curvature(
         top = outcome.eigenvalues("train")
         rows.append(
             (
-                training_name(spec),
+                network_name(spec),
                 f"{found.eigenvalues[0]:.3g}",
                 f"{found.residuals[0]:.0e}",
                 f"{top[0]:.3g}",
@@ -368,7 +372,7 @@ def _shrunk(control: bool, samples: bool) -> Callable[[Sequence[Outcome]], str]:
 def _negative(single: bool, below: float) -> Callable[[Sequence[Outcome]], str]:
     def answer(outcomes: Sequence[Outcome]) -> str:
         wanted = [m for m in spectra(outcomes) if m.samples == (1 if single else None)]
-        six = [o for o in outcomes if training_name(o.task.spec) != CONTROL]
+        six = [o for o in outcomes if network_name(o.task.spec) != CONTROL]
         found = [values for m in wanted for o in six if (values := eigenvalues(o, m))]
         hits = sum(min(values) < -below * max(values) for values in found)
         return f"{hits} of {len(found)}" if found else NOT_MEASURED
@@ -381,13 +385,13 @@ def _close(outcomes: Sequence[Outcome]) -> str:
     found = []
     for outcome in outcomes:
         few, every = eigenvalues(outcome, drawn_few), outcome.eigenvalues("train")
-        if few and every and training_name(outcome.task.spec) != CONTROL:
+        if few and every and network_name(outcome.task.spec) != CONTROL:
             found.append(few[0] / max(every))
     return _span(found)
 
 
 def _saddle(outcomes: Sequence[Outcome]) -> str:
-    found = [o.eigenvalues("train") for o in outcomes if training_name(o.task.spec) == ORIGINAL]
+    found = [o.eigenvalues("train") for o in outcomes if network_name(o.task.spec) == ORIGINAL]
     counts = [f"{sum(v < 0 for v in values)} of {len(values)}" for values in found if values]
     return "; ".join(counts) or NOT_MEASURED
 
@@ -408,7 +412,7 @@ _QUESTIONS: tuple[tuple[str, str, Callable[[Sequence[Outcome]], str]], ...] = (
 
 
 def _networks(outcomes: Sequence[Outcome]) -> list[str]:
-    there = {training_name(o.task.spec) for o in outcomes}
+    there = {network_name(o.task.spec) for o in outcomes}
     return [name for name in (ORIGINAL, *ATTACKS, CONTROL) if name in there]
 
 
