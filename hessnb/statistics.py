@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
 
+import numpy as np
 import scipy.stats
 
 from hessnb.errors import InputError
@@ -95,11 +98,49 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Interval | None:
         return None
     r = float(scipy.stats.spearmanr(x, y).statistic)
     r = max(-1.0, min(1.0, r))
-    # At 1 the transformation has no finite value: the bound then follows from the ranking that comes nearest.
-    z = math.atanh(min(abs(r), 1 - 6 / (n * (n * n - 1))))
+    # At 1, which rounding may miss, the transformation has no finite value: the bound then follows from the ranking
+    # that comes nearest.
+    nearest = 1 - 6 / (n * (n * n - 1))
+    z = math.atanh(min(abs(r), nearest))
     half = _Z * math.sqrt((1 + r * r / 2) / (n - 3))
-    low, high = math.tanh(z - half), math.tanh(z + half) if abs(r) < 1 else 1.0
+    low, high = math.tanh(z - half), math.tanh(z + half) if abs(r) <= nearest else 1.0
     return Interval(r, low, high) if r >= 0 else Interval(r, -high, -low)
+
+
+def spearman_within(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[float, float] | None:
+    """Return the mean over groups of Spearman's rank correlation within each, and its two-sided p-value.
+
+    The value is exact: the share of all ways to reorder the second sequence of each group whose mean is as far from
+    zero. Groups in which one of the two does not vary say nothing and are left out; None where none is left. Raises
+    InputError for sequences of different lengths, values that are not finite, and groups of more than eight.
+    """
+    found: list[float] = []
+    chances: Counter[float] = Counter({0.0: 1})  # of each sum of correlations, in how many orders it comes
+    for x, y in groups:
+        if len(x) != len(y):
+            raise InputError(f"a correlation of {len(x)} and {len(y)} values: give as many of one as of the other")
+        if not all(map(math.isfinite, (*x, *y))):
+            raise InputError("a correlation of values that are not all finite: leave the others out, in pairs")
+        if len(x) > 8:
+            raise InputError(f"a group of {len(x)}: up to eight can be reordered in all ways")
+        if len(set(x)) > 1 and len(set(y)) > 1:
+            first, second = (_standardised(scipy.stats.rankdata(values)) for values in (x, y))
+            orders = Counter((np.array(list(permutations(second))) @ first).round(9).tolist())
+            found.append(float(first @ second))
+            sums: Counter[float] = Counter()
+            for (a, n), (b, m) in product(chances.items(), orders.items()):
+                sums[round(a + b, 9)] += n * m
+            chances = sums
+    if not found:
+        return None
+    as_far = sum(n for value, n in chances.items() if abs(value) >= abs(math.fsum(found)) - 1e-6)
+    return math.fsum(found) / len(found), as_far / chances.total()
+
+
+def _standardised(ranks: np.ndarray) -> np.ndarray:
+    """Return the vector of mean zero and length one: the product of two such is their correlation."""
+    centred = ranks - ranks.mean()
+    return np.asarray(centred / np.linalg.norm(centred))
 
 
 def _wilson(share: float, n: int, z: float) -> Interval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -197,6 +198,23 @@ def test_correlations_are_those_of_the_measured_pairs(outcomes: list[Outcome]) -
     assert table.rows[1][3].startswith("too few")  # no spectrum
     assert table.rows[1][4].startswith("−1.00")
     assert table.rows[1][5].startswith("−1.00")
+
+
+def test_correlations_within_a_batch_size_leave_out_what_it_explains(outcomes: list[Outcome]) -> None:
+    spec, result = outcomes[0].task.spec, outcomes[0].result
+
+    def network(size: int, seed: int, curvature: int, accuracy: float) -> Outcome:
+        recipe = replace(spec.recipe, batch_size=size, seed=seed)
+        return _invented(spec.model_copy(update={"recipe": recipe}), result, curvature, accuracy)
+
+    made = [network(8, seed, 1 + seed, 80.0 + seed) for seed in range(3)]
+    made += [network(16, seed, 7 + seed, 50.0 + seed) for seed in range(3)]
+    assert large_batch.correlations(made, 0.01, name="tab-z", caption="c").rows[1][4].startswith("−0.54")
+    alone = network(32, 0, 20, 10.0)
+    rows = large_batch.correlations_within([*made, alone], 0.01, name="tab-z", caption="c").rows
+    assert rows[1] == ("M1", "test", "3 + 3", "too few", "1.00 (p = 0.056)", "1.00 (p = 0.056)")
+    (_, few) = large_batch.correlations_within([alone], 0.01, name="tab-z", caption="c").rows
+    assert few == ("M1", "test", "too few", "too few", "too few", "too few")
 
 
 def _invented(spec: RunSpec, result: RunResult | None, i: int, accuracy: float) -> Outcome:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hessnb.errors import InputError
-from hessnb.statistics import difference, exact_proportion, geometric_mean, mean, proportion, spearman
+from hessnb.statistics import difference, exact_proportion, geometric_mean, mean, proportion, spearman, spearman_within
 
 
 def test_wilsons_interval_is_that_of_the_literature() -> None:
@@ -71,6 +71,7 @@ def test_perfect_correlation_of_few_points_is_not_certain(sign: float) -> None:
     assert found is not None
     assert found.value == pytest.approx(sign)
     assert 1.0 in (found.high, -found.low)
+    assert found.low <= found.value <= found.high
     assert 0.3 < min(abs(found.low), abs(found.high)) < 0.95
 
 
@@ -135,6 +136,42 @@ def test_geometric_mean_does_not_care_which_way_round_a_ratio_is() -> None:
     assert turned is not None
     assert found.value == pytest.approx(4.0)
     assert (turned.low, turned.high) == pytest.approx((1 / found.high, 1 / found.low))
+
+
+def test_correlation_within_groups_is_the_mean_and_its_chance_that_of_all_orders() -> None:
+    rng = np.random.default_rng(3)
+    sizes = (3, 4, 3)
+    x, y = ([list(rng.normal(size=n)) for n in sizes] for _ in range(2))
+    y[1][0] = y[1][1]  # a tie
+    mean_of = [float(np.mean([scipy.stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)]))]
+    for orders in itertools.product(*(itertools.permutations(group) for group in y)):
+        each = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(x, orders, strict=True)]
+        mean_of.append(float(np.mean(each)))
+    found = spearman_within([*zip(x, y, strict=True), ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])])
+    assert found is not None
+    value, chance = found
+    assert value == pytest.approx(mean_of[0])
+    assert chance == pytest.approx(np.mean(np.abs(mean_of[1:]) >= abs(value) - 1e-9))
+
+
+def test_correlation_within_groups_ignores_what_differs_between_them() -> None:
+    apart = [([10.0 * i + j for j in range(3)], [-10.0 * i + j for j in range(3)]) for i in range(4)]
+    together = [[v for group in apart for v in group[side]] for side in (0, 1)]
+    all_in_one, within = spearman(*together), spearman_within(apart)
+    assert all_in_one is not None
+    assert all_in_one.value < -0.8
+    assert within == pytest.approx((1.0, 2 / 6**4))
+
+
+def test_correlation_within_groups_needs_some_that_vary_and_no_large_ones() -> None:
+    assert spearman_within([]) is None
+    assert spearman_within([([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])]) is None
+    with pytest.raises(InputError, match="9"):
+        spearman_within([(list(range(9)), list(range(9)))])
+    with pytest.raises(InputError, match="3 and 2"):
+        spearman_within([([1, 2, 3], [1, 2])])
+    with pytest.raises(InputError, match="finite"):
+        spearman_within([([1, 2, 3], [1, 2, math.nan])])
 
 
 @pytest.mark.parametrize("n", [5, 6, 7, 8])

@@ -15,7 +15,7 @@ from hessnb.paper.origins import origins
 from hessnb.paper.published import published
 from hessnb.paper.recorded import Recorded, papers_own, profiles
 from hessnb.paper.tables import NOT_MEASURED, PROFILE, TOO_FEW, Table, mean_and_spread
-from hessnb.statistics import spearman
+from hessnb.statistics import spearman, spearman_within
 
 # Title, values, the paper's column if it has one, and how a value is written.
 Columns = Sequence["tuple[str, Column, str | None, str]"]
@@ -95,6 +95,32 @@ def correlations(outcomes: Sequence[Outcome], eps: float, *, name: str, caption:
     return Table(name, caption, ("Network", "Set", "n", *measures), tuple(rows))
 
 
+def correlations_within(outcomes: Sequence[Outcome], eps: float, *, name: str, caption: str) -> Table:
+    """Return the rank correlations of `correlations` among networks of one batch size, which differ by the seed alone.
+
+    The mean over the batch sizes with three seeds or more, and its exact p-value (`hessnb.statistics.spearman_within`).
+    """
+    measures = {"λ₁": lambda1, "λ₁ˣ": input_lambda1, "‖∇ₓJ‖": input_gradient}
+    kinds: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.measurements:
+            kinds[outcome.task.spec.model.name, outcome.task.spec.recipe.batch_size].append(outcome)
+    rows = []
+    for network in dict.fromkeys(name for name, _ in kinds):
+        groups = [runs for (of, _), runs in kinds.items() if of == network and len(runs) >= 3]
+        told = " + ".join(str(len(runs)) for runs in groups) or TOO_FEW
+        for split in SPLITS:
+            pairs = ([_pairs(runs, measure, attacked(eps), split) for runs in groups] for measure in measures.values())
+            cells = [_chance([group for group in each if len(group[0]) >= 3]) for each in pairs]
+            rows.append((network, "training" if split == "train" else "test", told, *cells))
+    return Table(name, caption, ("Network", "Set", "n", *measures), tuple(rows))
+
+
+def _chance(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
+    found = spearman_within(groups)
+    return TOO_FEW if found is None else f"{found[0]:.2f} (p = {found[1]:.2g})".replace("-", "−")
+
+
 def published_correlations(table: str, eps: float, *, name: str, caption: str) -> Table:
     """Return the same for the numbers that the paper printed in ``table``."""
     measures = {"λ₁": "lambda1", "λ₁ˣ": "lambda1_x", "‖∇ₓJ‖": "gradient_x"}
@@ -110,8 +136,13 @@ def published_correlations(table: str, eps: float, *, name: str, caption: str) -
 
 
 def _correlation(runs: Sequence[Outcome], first: Column, second: Column, split: SplitName) -> str:
+    return _shown(*_pairs(runs, first, second, split))
+
+
+def _pairs(runs: Sequence[Outcome], first: Column, second: Column, split: SplitName) -> tuple[list[float], list[float]]:
+    """Return the values of two columns for the runs that have both."""
     pairs = [(a[0], b[0]) for o in runs if (a := first([o], split)) and (b := second([o], split))]
-    return _shown([a for a, _ in pairs], [b for _, b in pairs])
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def _shown(x: Sequence[float], y: Sequence[float]) -> str:
