@@ -1,4 +1,4 @@
-"""The loss of a network along a direction, on a plane, and between two networks (the paper's section 3.1, Figs 2-10).
+"""The loss of a network along a direction, on a plane, and between two networks (Figs 2 to 4, 6 to 10, 12, 13).
 
 At each point the network, in eval mode, is evaluated over one or several whole data sets: ``loss_fn(model(x), y)`` is
 a batch mean, batches are weighted by their size, sums are taken in float64. Weights are placed in float64 and rounded
@@ -289,7 +289,7 @@ def _evaluate(network: nn.Module, loss_fn: LossFunction, data: dict[str, _Set]) 
     for name, part in data.items():
         sums = torch.zeros(2, dtype=torch.float64, device=part.batches[0][1].device)
         for x, y in part.batches:
-            output = network(x)
+            output = network(x.clone())  # which may work in place
             classes = output.shape[1] if part.labels and output.ndim == 2 else 1
             low, high = part.labels or (0, 0)
             # Before the loss sees them: a label out of range leaves a CUDA device unusable for the process.
@@ -311,7 +311,7 @@ def _check_means(network: nn.Module, loss_fn: LossFunction, data: dict[str, _Set
     """Raise InputError for a loss that is not a batch mean, of which no mean over all samples can be made."""
     for part in data.values():
         x, y = varied(part.batches)
-        output = network(x)
+        output = network(x.clone())
         is_mean(loss_fn, output, y, loss_fn(output, y))
 
 
@@ -339,7 +339,7 @@ def _estimate_statistics(network: nn.Module, batches: list[Tensor]) -> None:
             hooks.enter_context(layer.register_forward_pre_hook(note))
             layer.train()
         for x in batches if layers else []:
-            network(x)
+            network(x.clone())
     network.eval()
     for reached, (n, mean, squares) in moments.items():
         reached.get_buffer("running_mean").copy_(mean)

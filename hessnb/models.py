@@ -120,7 +120,7 @@ def _m1_strided(classes: int, scaled: Scale) -> nn.Module:
 
 
 class Normalise(nn.Module):
-    """Subtracts a number and divides by another: inputs stay in [0, 1], and eps stays in pixels."""
+    """Subtracts a number and divides by another: inputs stay in [0, 1], and eps stays in pixel values."""
 
     def __init__(self, mean: float, deviation: float) -> None:
         super().__init__()

@@ -21,12 +21,14 @@ from hessnb.statistics import Interval, proportion
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 _BATCH = 1000
+# By how much rounding may carry a sample out of its ball.
+_SLACK = 1e-6
 
 
 def predictions(model: nn.Module, x: Tensor) -> Tensor:
     """Return the most probable class (N,) of each sample, in eval mode."""
     with inference(model):
-        return torch.cat([model(part).argmax(1) for part in x.split(_BATCH)])
+        return torch.cat([model(part.clone()).argmax(1) for part in x.split(_BATCH)])  # it may work in place
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> Interval:
@@ -52,7 +54,7 @@ def accuracy_under(
 def accuracy_curve(
     model: nn.Module, attack: Callable[..., Tensor], x: Tensor, y: Tensor, sizes: Sequence[float]
 ) -> list[Interval]:
-    """Return the accuracy under ``attack(model, x, y, eps=size)`` for each size in pixels."""
+    """Return the accuracy under ``attack(model, x, y, eps=size)`` for each size in pixel values."""
     return [accuracy(model, attack(model, x, y, eps=size), y) for size in sizes]
 
 
@@ -110,7 +112,8 @@ def checklist(
     generator = generator or torch.Generator().manual_seed(0)
     clean = accuracy(model, x, y)
     own, step, walk = attack(model, x, y, eps=eps), fgsm(model, x, y, eps=eps), pgd(model, x, y, eps=eps, steps=20)
-    under, one_step, iterated = (accuracy(model, moved, y) for moved in (own, step, walk))
+    farthest, lowest, highest = (float(v) for v in ((own - x).abs().max(), own.min(), own.max()))
+    under, one_step, iterated = (accuracy(model, attacked, y) for attacked in (own, step, walk))
     doubled = accuracy(model, pgd(model, x, y, eps=eps, steps=40), y)
     sign = 2 * torch.randint(0, 2, x.shape, generator=generator).to(x) - 1
     noise = accuracy(model, (x + eps * sign).clamp(0, 1), y)
@@ -119,6 +122,11 @@ def checklist(
     chance = float(y.bincount().max()) / len(y)
     checks = [
         Check("The network is accurate without an attack", clean.low > chance, f"clean {clean:.3f}"),
+        Check(
+            "The attack keeps to its size and to [0, 1]",
+            farthest <= eps + _SLACK and lowest >= 0 and highest <= 1,
+            f"moved by up to {farthest:.3g} of {eps:g}, values from {lowest:.3g} to {highest:.3g}",
+        ),
         Check("The attack lowers the accuracy", under.high < clean.value, f"clean {clean:.3f}, attacked {under:.3f}"),
         Check(
             "It is at least as strong as random signs of the same size",

@@ -231,7 +231,7 @@ def evaluate(model: nn.Module, data: Split) -> tuple[float, float]:
     correct = torch.zeros((), dtype=torch.int64, device=data.labels.device)
     with inference(model):
         for images, labels in data.batches(EVALUATION_BATCH):
-            logits = model(images)
+            logits = model(images.clone())  # which may work in place
             loss += F.cross_entropy(logits.double(), labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
     return loss.item() / len(data), correct.item() / len(data)

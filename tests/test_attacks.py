@@ -478,6 +478,39 @@ def test_confident_samples_are_attacked(attack: str, factor: float) -> None:
     assert (offset(found, x).abs().amax(1) > 0).all()
 
 
+@pytest.mark.parametrize("factor", [1.0, 100.0, 1e5])
+def test_inverse_is_exact_however_confident_the_network_is(factor: float) -> None:
+    """J H^+ g is a constant but for the true class: logits of all others move alike, of whatever probability."""
+    model = network("wide")
+    with torch.no_grad():
+        model[-1].weight *= factor  # type: ignore[index]
+    x, y = samples(8)  # right and wrong ones
+    with eval_mode(model):
+        y[:4] = model(x[:4]).argmax(1)
+    step = offset(l2_hessian(model, x, y, eps=1e-4, damping=0.0, solver="exact", bounds=None), x)
+    with eval_mode(model):
+        rows = [torch.func.jacrev(model)(one[None])[0].flatten(1) for one in x]
+    moved = torch.stack([row @ one for row, one in zip(rows, step, strict=True)]).detach()
+    others = torch.ones_like(moved, dtype=torch.bool).scatter(1, y[:, None], False)
+    apart = [float(row[keep].max() - row[keep].min()) for row, keep in zip(moved, others, strict=True)]
+    towards = [float(row[keep].mean() - row[~keep]) for row, keep in zip(moved, others, strict=True)]
+    assert min(towards) > 0
+    assert max(a / b for a, b in zip(apart, towards, strict=True)) < 1e-6
+
+
+def test_restarts_stay_in_the_ball_on_networks_that_work_in_place() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sub_(0.1307).div_(0.3081)
+
+    model = nn.Sequential(InPlace(), *network("wide"))  # type: ignore[misc]
+    x, y = samples(4)
+    for precision in ("float64", "own", "plain"):
+        found = pgd(model, x, y, eps=0.1, steps=3, restarts=2, precision=precision)
+        assert offset(found, x).abs().max() <= 0.1 + 1e-12
+        assert 0 <= found.min() <= found.max() <= 1
+
+
 def test_float32_gradients_do_not_underflow() -> None:
     model = network("wide").float()
     with torch.no_grad():
@@ -740,6 +773,7 @@ def test_autoattack_without_its_package_names_the_extra(
         ({"eps": torch.zeros(2)}, "one radius"),
         ({"norm": "l1"}, "unknown norm"),
         ({"attacks": ("pgd",)}, "unknown attack"),
+        ({"batch_size": 0}, "batch_size = 0"),
     ],
 )
 def test_autoattack_refuses_bad_options(

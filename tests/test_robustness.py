@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hessnb.attacks import fgsm, pgd
+from hessnb import landscape
+from hessnb.attacks import fgsm, l2_gradient, pgd
 from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.models import build
@@ -20,7 +24,7 @@ from hessnb.robustness import (
     transfer,
     worst_case,
 )
-from hessnb.training import Recipe, train
+from hessnb.training import Recipe, evaluate, train
 
 
 def line() -> nn.Module:
@@ -108,13 +112,53 @@ def test_checklist_passes_a_strong_attack_and_tells_a_weak_one(trained: nn.Modul
     other = build("M1", width=0.2, seed=1)
     passed = checklist(trained, strong, x, y, eps=0.1, surrogate=other)
     assert all(check.passed for check in passed), [c for c in passed if not c.passed]
-    assert len(passed) == 9
+    assert len(passed) == 10
     failed = {check.question: check for check in checklist(trained, weak, x, y, eps=0.1)}
-    assert len(failed) == 8
+    assert len(failed) == 9
     for question in ("The attack lowers the accuracy", "It is as strong as 20 iterated steps"):
         assert not failed[question].passed
         assert "(" in failed[question].evidence
     assert failed["The network is accurate without an attack"].passed
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [
+        lambda model, x, y, eps: l2_gradient(model, x, y, eps=eps),
+        lambda model, x, y, eps: fgsm(model, x, y, eps=eps, bounds=None),
+        lambda model, x, y, eps: torch.full_like(x, math.nan),
+    ],
+    ids=["another norm", "no bounds", "not a number"],
+)
+def test_checklist_tells_an_attack_that_leaves_the_threat_model(
+    trained: nn.Module, digits: Splits, beyond: Callable[..., Tensor]
+) -> None:
+    few = digits.test.images[:20], digits.test.labels[:20]
+    checks = {check.question: check for check in checklist(trained, beyond, *few, eps=0.1)}
+    assert not checks["The attack keeps to its size and to [0, 1]"].passed
+    checks = {check.question: check for check in checklist(trained, fgsm, *few, eps=0.1)}
+    assert checks["The attack keeps to its size and to [0, 1]"].passed
+
+
+class InPlace(nn.Module):
+    """Normalises its input where it lies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sub_(0.1307).div_(0.3081)
+
+
+def test_networks_that_work_in_place_change_no_data_of_others(digits: Splits) -> None:
+    model = nn.Sequential(InPlace(), build("M1", width=0.2, seed=0))
+    split = digits.test.head(20)
+    before = split.images.clone()
+    first = accuracy(model, split.images, split.labels)
+    assert accuracy(model, split.images, split.labels) == first
+    assert evaluate(model, split) == evaluate(model, split)
+    nowhere = torch.zeros(sum(p.numel() for p in model.parameters()))
+    sets = {"test": [(split.images, split.labels)]}
+    losses = landscape.along(model, nn.functional.cross_entropy, sets, nowhere, [0.0, 1.0]).losses["test"]
+    assert losses[0] == losses[1]
+    assert torch.equal(split.images, before)
 
 
 def test_checklist_tells_each_weakness(monkeypatch: pytest.MonkeyPatch) -> None:

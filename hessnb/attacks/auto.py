@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hessnb.attacks import checks
 from hessnb.attacks.ball import Norm
 from hessnb.curvature.evaluation import check_samples, evaluation
-from hessnb.errors import InputError
+from hessnb.errors import InputError, whole_number
 
 _STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 _NORMS = {"linf": "Linf", "l2": "L2"}
@@ -31,7 +31,7 @@ def autoattack(
     """Return x (N, ...), but samples that AutoAttack gets misclassified within ``eps`` as it changed them.
 
     The four attacks of the standard version run in turn, each on the samples that withstood the ones before it. Inputs
-    (N, C, H, W) in [0, 1], ``eps`` one radius in pixels (L2: not scaled), in the network's precision, float32.
+    (N, C, H, W) in [0, 1], ``eps`` one radius in pixel values (L2: not scaled), in the network's precision, float32.
     Needs the extra: pip install 'hessnb[attacks]'. Raises InputError where it is not installed, for fewer classes than
     an attack needs, and for what the other attacks refuse.
     """
@@ -43,6 +43,9 @@ def autoattack(
     checks.inside((0.0, 1.0), x)
     if isinstance(eps, Tensor):
         raise InputError(f"eps has shape {tuple(eps.shape)}: AutoAttack takes one radius for all samples, a float")
+    if x.ndim != 4:
+        raise InputError(f"inputs of shape {tuple(x.shape)}: AutoAttack takes images (N, C, H, W)")
+    whole_number("batch_size", batch_size)
     checks.per_sample("eps", eps, x)
     checks.among("norm", norm, list(_NORMS))
     for name in attacks:
@@ -62,8 +65,9 @@ def autoattack(
                     f"{classes} classes: AutoAttack's DLR loss needs four; use attacks=('apgd-ce', 'fab', 'square')"
                 )
             auto = AutoAttack(
-                model, attacks=list(attacks), device=x.device, eps=eps, norm=_NORMS[norm], seed=seed, version="custom"
-            )
+                lambda part: model(part.clone()),  # which may work in place
+                attacks=list(attacks), device=x.device, eps=eps, norm=_NORMS[norm], seed=seed, version="custom",
+            )  # fmt: skip
             # What version="standard" sets, and not more targets than there are other classes.
             for attack in (auto.apgd, auto.fab, auto.apgd_targeted):
                 attack.n_restarts = 1

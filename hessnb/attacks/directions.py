@@ -70,7 +70,7 @@ def newton(point: Point, *, damping: float) -> Step:
     form, slope, _ = _factorised(point)
     w = _of_rows(form, slope)
     g = form.combined(w)
-    solved = form.pseudo_inverse(_along(form, w)) if damping == 0 else form.damped_inverse(g.double(), damping)
+    solved = _pseudo_inverse(form, w, point.y) if damping == 0 else form.damped_inverse(g.double(), damping)
     return Step(along=solved.to(g.dtype), gradient=g)
 
 
@@ -89,8 +89,8 @@ def best_damping(point: Point, *, dampings: tuple[float, ...]) -> Step:
         if math.isfinite(multiple):
             # Where nothing is curved, the gradient is all that there is.
             gamma = torch.where(largest > 0, multiple * largest, 1.0)
-            along = form.damped_inverse(g.double(), gamma) if multiple else form.pseudo_inverse(_along(form, w))
-            along = math.copysign(1.0, multiple) * along.to(g.dtype)
+            along = form.damped_inverse(g.double(), gamma) if multiple else _pseudo_inverse(form, w, point.y)
+            along = torch.where((largest > 0)[:, None], math.copysign(1.0, multiple) * along.to(g.dtype), g)
             along = torch.where(torch.isfinite(along).all(1, keepdim=True), along, g)
         with torch.no_grad():
             loss = wrongness(point.forward(point.move(along)), point.y)
@@ -100,7 +100,7 @@ def best_damping(point: Point, *, dampings: tuple[float, ...]) -> Step:
 
 
 def nearest(point: Point, *, norm: Norm, damping: float) -> Step:
-    """Towards the class whose boundary is the nearest if the logits were linear: in pixels, or in H + gamma I.
+    """Towards the class whose boundary is the nearest if the logits were linear, as a distance or by H + gamma I.
 
     The way to class j is w_j = grad s_j - grad s_y, its boundary lies (s_y - s_j) / |w_j| away, in the dual norm
     (Moosavi-Dezfooli et al., 2016). With a finite ``damping``, gamma is this multiple of each sample's largest
@@ -157,6 +157,17 @@ def _factorised(point: Point) -> tuple[ClosedForm, Tensor, Tensor]:
 def _of_rows(form: ClosedForm, weights: Tensor) -> Tensor:
     """Return weights (n, c) of the logits that add up to zero as those of the rows: the reference class drops out."""
     return weights.gather(1, form.classes)
+
+
+def _pseudo_inverse(form: ClosedForm, weights: Tensor, y: Tensor) -> Tensor:
+    """Return the direction of H^+ g (n, d) for the gradient g = K^T w of cross-entropy; zero where g is.
+
+    J H^+ g is a constant less e_y / p_y whatever the other probabilities are, which are lost to rounding where the
+    network is sure of a class.
+    """
+    true = form.classes == y[:, None]
+    step = torch.where(true.any(1, keepdim=True), -true.double(), 1.0) * weights.any(1, keepdim=True)
+    return form.pseudo_inverse(_along(form, weights), step)
 
 
 def _along(form: ClosedForm, weights: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def fgsm(
     precision: Precision = "float64",
     batch_size: int | None = None,
 ) -> Perturbation:
-    """Step by eps sign(g): FGSM of Table 5 and equation 2.2 (Goodfellow et al., 2015). Linf radius eps, in pixels."""
+    """Step by eps sign(g): FGSM of Table 5, equation 2.2 (Goodfellow et al., 2015). Linf radius eps, pixel values."""
     return perturb(
         model, x, y, gradient, eps=eps, norm="linf", bounds=bounds, precision=precision, batch_size=batch_size
     )
@@ -42,7 +42,7 @@ def fgsm_iterated(
     batch_size: int | None = None,
 ) -> Perturbation:
     """Step ``steps`` times by ``step_size`` sign(g) within the Linf ball of radius eps: FGSM-10 of Table 5, the basic
-    iterative method of Kurakin et al. (2017). ``step_size`` in pixels, float or (N,), is eps / steps unless given.
+    iterative method of Kurakin et al. (2017). ``step_size`` in pixel values, one or (N,), is eps / steps unless given.
     """
     return perturb(
         model, x, y, gradient, eps=eps, norm="linf", bounds=bounds, precision=precision, batch_size=batch_size,

@@ -203,7 +203,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 def _worse(forward: Forward, y: Tensor, a: Perturbation, b: Perturbation, dtype: torch.dtype) -> Perturbation:
     """Return of each sample the worse for the network of two perturbations."""
     with torch.no_grad():
-        logits = [forward(p.x_adv.to(dtype)) for p in (a, b)]
+        logits = [forward(p.x_adv.to(dtype, copy=True)) for p in (a, b)]  # a network may work in place
     wrong = [s.argmax(1) != y for s in logits]
     more = wrongness(logits[1], y) > wrongness(logits[0], y)
     second = torch.where(wrong[0] == wrong[1], more, wrong[1])

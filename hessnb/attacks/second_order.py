@@ -128,7 +128,7 @@ def nearest_class(
     nearest in that metric. Radius and errors are those of `damped_newton`.
     """
     if not damping > 0:
-        raise InputError(f"damping = {damping}: it must be positive; infinity is the distance in pixels")
+        raise InputError(f"damping = {damping}: it must be positive; infinity is the Euclidean distance")
     return perturb(
         model, x, y, partial(nearest, norm=norm, damping=damping), eps=eps, norm=norm,
         scale=scale if norm == "l2" else "unit", bounds=bounds, precision=precision, batch_size=batch_size,

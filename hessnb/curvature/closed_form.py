@@ -54,8 +54,12 @@ class ClosedForm:
         """Return K^T w (m, d) for weights w (m, c - 1) of the rows, in the dtype of these."""
         return (weights.to(self.rows.dtype)[:, None] @ self.rows)[:, 0]
 
-    def pseudo_inverse(self, along: Tensor) -> Tensor:
-        """Return H^+ g (m, d) for K g (m, c - 1), float64, which is all of g that counts; in float64."""
+    def pseudo_inverse(self, along: Tensor, step: Tensor | None = None) -> Tensor:
+        """Return H^+ g (m, d) for K g (m, c - 1), float64, which is all of g that counts; in float64.
+
+        ``step`` is a multiple of K H^+ g where that is known, and more exactly than from K g; it counts where the rows
+        are independent.
+        """
         values, vectors = torch.linalg.eigh(self.gram)
         eps = torch.finfo(self.rows.dtype).eps * self.rows.shape[1]
         independent = values[:, 0] > eps * values[:, -1]
@@ -66,10 +70,11 @@ class ClosedForm:
             solved: Tensor = vectors @ ((vectors.mT @ b[:, :, None]) / safe[:, :, None])
             return solved[:, :, 0]
 
-        b = gram_inverse(along)
-        tiny = torch.finfo(torch.float64).tiny
-        b = b / self.others.clamp_min(tiny) + (b.sum(1) / self.reference)[:, None]
-        exact = gram_inverse(b)
+        if step is None:
+            b = gram_inverse(along)
+            tiny = torch.finfo(torch.float64).tiny
+            step = b / self.others.clamp_min(tiny) + (b.sum(1) / self.reference)[:, None]
+        exact = gram_inverse(step)
         if bool(independent.all()):
             return self._pulled(exact)
         # Otherwise from the eigenvectors of C^T K K^T C, without those at rounding level.

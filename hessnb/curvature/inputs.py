@@ -202,7 +202,7 @@ def is_piecewise_linear(model: nn.Module, x: Tensor) -> bool:
     """Return whether the logits are piecewise linear in the input, in eval mode, as far as a probe of ``x`` can tell.
 
     For up to 16 of the samples a random combination of the logits is differentiated twice along a random direction:
-    where it is not zero, Theorem 2.1 does not hold. ReLUs of any form, max- and average-pooling and eval-mode batch
+    where it is not zero, Theorem 2.1 does not apply. ReLUs of any form, max- and average-pooling and eval-mode batch
     normalisation pass; softplus, tanh, layer normalisation and attention do not.
 
     Raises InputError for samples that depend on each other through batch statistics, or a random model.

@@ -285,7 +285,7 @@ class GGNOperator(CurvatureOperator):
 
     J is the derivative of the model's outputs s with respect to the parameters. It is the Hessian of the loss of the
     model linearised in its parameters; for cross-entropy and the squared loss it is positive semidefinite, and equal to
-    the Fisher information. Arguments and errors are those of `HessianOperator`.
+    the Fisher information (for the squared loss up to a factor). Arguments and errors are those of `HessianOperator`.
     """
 
     def _check_derivatives(self) -> None:

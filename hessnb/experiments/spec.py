@@ -97,7 +97,7 @@ class ModelSpec(Frozen):
 
 
 class AttackSpec(Frozen):
-    """An attack by its name in `ATTACKS` or `BEYOND`, or AUTOATTACK, its size in pixels, and settings.
+    """An attack by its name in `ATTACKS` or `BEYOND`, or AUTOATTACK, its size in pixel values, and settings.
 
     A setting of None is the attack's default.
     """
