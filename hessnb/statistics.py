@@ -86,15 +86,17 @@ def geometric_mean(values: Sequence[float]) -> Interval | None:
 def spearman(x: Sequence[float], y: Sequence[float]) -> Interval | None:
     """Return Spearman's rank correlation with the interval of Bonett and Wright (2000).
 
-    None where it says nothing: for fewer than five pairs, or where one of the two does not vary. Raises InputError for
-    sequences of different lengths and values that are not finite.
+    None where it says nothing, since even the strictest order would come by chance more often than once in twenty: for
+    fewer than five pairs, and for few with many ties. Raises InputError for sequences of different lengths and values
+    that are not finite.
     """
     n = len(x)
     if n != len(y):
         raise InputError(f"a correlation of {n} and {len(y)} values: give as many of one as of the other")
     if not all(map(math.isfinite, (*x, *y))):
         raise InputError("a correlation of values that are not all finite: leave the others out, in pairs")
-    if n < 5 or len(set(x)) < 2 or len(set(y)) < 2:
+    orders = [math.factorial(n) // math.prod(map(math.factorial, Counter(values).values())) for values in (x, y)]
+    if min(orders) < 2 / 0.05:
         return None
     r = float(scipy.stats.spearmanr(x, y).statistic)
     r = max(-1.0, min(1.0, r))

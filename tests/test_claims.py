@@ -291,7 +291,44 @@ def test_accuracies_of_three_seeds_are_compared_over_seeds() -> None:
     columns = {"seed": [0, 1, 2] * 2, "training": ["ORI"] * 3 + ["FGSM"] * 3, "clean": [90, 92, 97, 89, 90, 94]}
     (part,) = evidence.accuracy_difference(frame(**columns), pairs=[["ORI/clean", "FGSM/clean"]])
     assert part.n == 3
-    assert part.interval == mean([1.0, 2.0, 3.0])
+    over_seeds = mean([1.0, 2.0, 3.0])
+    assert over_seeds is not None
+    assert part.interval == over_seeds, "wider than that of as many test samples"
+
+
+def test_seeds_that_agree_do_not_make_up_for_few_test_samples() -> None:
+    columns = {"seed": [0, 1, 2] * 2, "training": ["ORI"] * 3 + ["FGSM"] * 3, "clean": [90.1] * 3 + [90.0] * 3}
+    (part,) = evidence.accuracy_difference(frame(**columns, n_test=1000), pairs=[["ORI/clean", "FGSM/clean"]])
+    assert part.interval is not None
+    assert part.interval.value == pytest.approx(0.1)
+    assert part.interval.low < -2 < 2 < part.interval.high
+
+
+def test_ratio_of_what_is_not_positive_is_no_number_and_the_rest_no_answer() -> None:
+    rows = frame(
+        training=["ORI", *ATTACKS],
+        seed=0,
+        curvature_train=[1.0, 2.0, 2.2, 2.1, -0.5, -0.4],
+        lambda1_train=[1.0] + [0.5] * 5,
+    )
+    parts = labelled(evidence.ratio_to_original(rows, columns=["curvature_train", "lambda1_train"]))
+    part = parts["N curvature along the line, training set, seed 0"]
+    assert part.interval is None
+    assert part.lacks == "5 measured, needs positive numbers in all of them"
+    assert part.numbers == "2; 2.2; 2.1; not positive; not positive"
+    assert interval_of(parts, "N λ₁, training set, seed 0").value == pytest.approx(0.5)
+
+
+def test_networks_of_further_seeds_take_no_verdict_away() -> None:
+    runs = [(0, method) for method in ("ORI", *ATTACKS)] + [(seed, m) for seed in (1, 2) for m in ("ORI", "FGSM")]
+    rows = frame(
+        seed=[seed for seed, _ in runs],
+        training=[method for _, method in runs],
+        lambda1_train=[1.0 if method == "ORI" else 0.5 for _, method in runs],
+    )
+    parts = labelled(evidence.ratio_to_original(rows, columns=["lambda*_train"]))
+    assert interval_of(parts, "N all samples, seed 0").value == pytest.approx(0.5)
+    assert parts["N all samples, seed 1"].lacks == "1 measured, needs three networks"
 
 
 def test_relative_change_can_pass_through_zero() -> None:
@@ -329,17 +366,22 @@ def test_differences_of_accuracies_are_in_points_and_each_pair_once() -> None:
 
 
 def test_share_of_negative_spectra_counts_what_is_significant() -> None:
-    rows = frame(
-        seed=[0, 0, 1, 2],
-        lambda1_B1_0=[10.0] * 4,
-        lowest_B1_0=[-1.0, -0.05, -2.0, math.nan],  # -0.05 is less than a hundredth
-        lambda1_B1_1=5.0,
-        lowest_B1_1=[-5.0, -1.0, 0.1, -1.0],
-    )
-    (part,) = evidence.share_with_negative(rows, samples=1, threshold=0.01)
-    assert part.n == 5, "one draw on all networks of a seed counts once"
-    assert part.interval is not None
-    assert part.interval.value == pytest.approx(3 / 5)
+    def share(**lowest: list[float]) -> Part:
+        rows = frame(seed=[0, 0, 1, 2], lambda1_B1_0=[10.0] * 4, lambda1_B1_1=5.0, **lowest)
+        (part,) = evidence.share_with_negative(rows, samples=1, threshold=0.01)
+        return part
+
+    missing = math.nan
+    none = share(lowest_B1_0=[-1.0, -0.05, -2.0, missing], lowest_B1_1=[-5.0, -1.0, 0.1, -1.0])  # -0.05 is too little
+    assert none.n == 2, "a draw is the same samples for all seeds"
+    assert none.interval is not None
+    assert none.interval.value == 0
+    all_of_them = share(lowest_B1_0=[-1.0, -0.5, -2.0, missing], lowest_B1_1=[-5.0, -1.0, -1.0, -1.0])
+    assert all_of_them.interval is not None
+    assert (all_of_them.n, all_of_them.interval.value) == (2, 1)
+    lacking = share(lowest_B1_0=[-1.0, *[missing] * 3], lowest_B1_1=[missing] * 4)
+    assert (lacking.n, lacking.interval) == (0, None)
+    assert "all networks of a seed" in lacking.lacks
 
 
 def test_lowest_eigenvalue_has_the_interval_of_its_residual_over_all_seeds() -> None:

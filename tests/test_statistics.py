@@ -90,6 +90,24 @@ def test_values_that_are_not_finite_have_no_correlation(bad: float) -> None:
             spearman(x, y)
 
 
+@pytest.mark.parametrize("x", [[1, 1, 1, 2, 2, 2], [1, 1, 2, 2, 3], [1, 1, 1, 2, 2, 2, 2], [1, 2, 3, 4]])
+def test_ties_that_leave_few_orders_have_no_interval(x: list[float]) -> None:
+    y = [float(i) for i in range(len(x))]
+    assert spearman(x, y) is None
+    assert spearman(y, x) is None
+
+
+def test_interval_with_ties_errs_no_more_often_than_it_says() -> None:
+    x = [1, 1, 2, 3, 4, 5]
+    wrong = [
+        found.low > 0 or found.high < 0
+        for order in itertools.permutations(range(6))
+        if (found := spearman(x, list(order)))
+    ]
+    assert len(wrong) == 720
+    assert sum(wrong) / 720 <= 0.05
+
+
 def test_interval_is_written_with_its_bounds() -> None:
     assert f"{proportion(81, 263):.3f}" == "0.308 (0.255 to 0.366)"
 

@@ -102,8 +102,8 @@ def drop_after_peak(frames: Frames, *, column: str) -> Iterator[Part]:
 def accuracy_difference(frames: Frames, *, pairs: list[list[str]]) -> Iterator[Part]:
     """Difference of two accuracies of Tables 3 and 4, "row/column" each, in points.
 
-    Of three seeds or more Student's interval over seeds, of fewer Newcombe's over test samples. ``{robust}`` and
-    ``{any}`` stand for each robust and each network, ``{attack}`` for each attack.
+    The interval is Newcombe's over test samples; of three seeds or more it also spans Student's over seeds.
+    ``{robust}`` and ``{any}`` stand for each robust and each network, ``{attack}`` for each attack.
     """
     for network, rows in _networks(frames):
         for first, second in _expanded(pairs):
@@ -118,19 +118,23 @@ def accuracy_difference(frames: Frames, *, pairs: list[list[str]]) -> Iterator[P
 def share_with_negative(frames: Frames, *, samples: int, threshold: float) -> Iterator[Part]:
     """Share of draws of single samples (B_H = ``samples``) on which every network has significant negative curvature.
 
-    That is a lowest eigenvalue below minus ``threshold`` times the largest. One draw on the networks of one seed counts
-    once, since they are much alike; the interval is the exact one of Clopper and Pearson.
+    That is a lowest eigenvalue below minus ``threshold`` times the largest. A draw is the same samples for all networks
+    of all seeds: it counts once, if all networks of a seed were measured. The interval is the exact one of Clopper and
+    Pearson.
     """
     for network, rows in _networks(frames):
         hits, told = [], []
         for draw in (c.removeprefix("lowest_") for c in _matching(rows, [f"lowest_B{samples}_*"])):
-            lowest = (rows[f"lowest_{draw}"] / rows[f"lambda1_{draw}"]).dropna()
-            for seed, of_seed in lowest.groupby(rows["seed"]):
-                hits.append(bool((of_seed < -threshold).all()))
+            lowest = rows[f"lowest_{draw}"] / rows[f"lambda1_{draw}"]
+            if not lowest.notna().groupby(rows["seed"]).all().any():
+                continue
+            hits.append(bool((lowest.dropna() < -threshold).all()))
+            for seed, of_seed in lowest.dropna().groupby(rows["seed"]):
                 told.append(f"seed {seed}, {draw}: " + ", ".join(f"{value:.2g}" for value in of_seed))
         n = len(hits)
         found = exact_proportion(sum(hits), n) if n else None
-        yield _part(network, f"B_H = {samples}", rows, rows.index, n, found, "; ".join(told), "a spectrum")
+        lacks = "a draw measured on all networks of a seed"
+        yield _part(network, f"B_H = {samples}", rows, rows.index, n, found, "; ".join(told), lacks)
 
 
 def lowest_eigenvalue(frames: Frames, *, trainings: list[str]) -> Iterator[Part]:
@@ -213,12 +217,17 @@ def _matching(rows: pd.DataFrame, patterns: Sequence[str]) -> list[str]:
 
 
 def _ratios(rows: pd.DataFrame, over: list[str], others: pd.DataFrame, under: list[str]) -> pd.Series[float]:
-    """Return for each run the geometric mean of the ratios of its columns; NaN where one is missing or not positive."""
+    """Return for each run the geometric mean of the ratios of its columns.
+
+    NaN where one is missing; infinite where one is not positive, so that there is no such mean.
+    """
     if not over or len(over) != len(under):
         return pd.Series(math.nan, index=rows.index)
     above, below = rows[over].to_numpy(float), others[under].to_numpy(float)
+    missing = np.isnan(above) | np.isnan(below)
     usable = (above > 0) & (below > 0)
-    logs = np.log(np.where(usable, above, math.nan) / np.where(usable, below, math.nan))
+    logs = np.log(np.where(usable, above, 1.0) / np.where(usable, below, 1.0))
+    logs = np.where(missing, math.nan, np.where(usable, logs, math.inf))
     return pd.Series(np.exp(logs.mean(axis=1)), index=rows.index)
 
 
@@ -231,34 +240,38 @@ def _means(
 ) -> Iterator[Part]:
     """Return the average over runs; where several share an original, over seeds, or one for each of a few seeds.
 
-    Of three seeds or more, one with fewer than three networks is left out.
+    Of three seeds with three networks or more, the others are left out. There is none of values that are not finite.
     """
     known = values.dropna()
-    told = "; ".join(f"{value:.3g}" for value in known)
     seeds = rows.loc[known.index, "seed"]
+
+    def part(name: str, of: pd.Series[float], numbers: list[float], needed: str) -> Part:
+        told = "; ".join(f"{value:.3g}" if math.isfinite(value) else "not positive" for value in of)
+        found = average(numbers) if np.isfinite(of).all() else None
+        lacks = needed if np.isfinite(of).all() else "positive numbers in all of them"
+        return _part(network, name, rows, of.index, len(numbers), found, told, lacks)
+
+    of_seeds = {seed: of_seed for seed, of_seed in known.groupby(seeds) if len(of_seed) >= 3}
     if "training" not in rows or rows["training"].nunique() == 1 or not len(known):
-        yield _part(
-            network, label or "all runs", rows, known.index, len(known), average(known.tolist()), told, "three runs"
-        )
-    elif seeds.nunique() >= 3:
-        of_seeds = [found.value for _, v in known.groupby(seeds) if (found := average(v.tolist()))]
-        yield _part(network, label or "all seeds", rows, known.index, len(of_seeds), average(of_seeds), told, "")
+        yield part(label or "all runs", known, known.tolist(), "three runs")
+    elif len(of_seeds) >= 3:
+        averages = [found.value for of_seed in of_seeds.values() if (found := average(of_seed.tolist()))]
+        yield part(label or "all seeds", pd.concat(of_seeds.values()), averages, "three seeds of three networks")
     else:
         for seed, of_seed in known.groupby(seeds):
-            told = "; ".join(f"{value:.3g}" for value in of_seed)
             name = f"{label}, seed {seed}" if label else f"seed {seed}"
-            yield _part(
-                network, name, rows, of_seed.index, len(of_seed), average(of_seed.tolist()), told, "three networks"
-            )
+            yield part(name, of_seed, of_seed.tolist(), "three networks")
 
 
 def _difference(first: pd.Series[float], second: pd.Series[float], n: int, *, comparisons: int = 1) -> Interval | None:
-    """Return the difference of accuracies (%) by seed: over seeds, of fewer than three over ``n`` test samples."""
+    """Return the difference of accuracies (%) by seed, over ``n`` test samples and, of three or more, over seeds."""
     gaps = (first - second).dropna().tolist()
-    if len(gaps) >= 3:
-        return mean(gaps, comparisons=comparisons)
     found = difference(float(first.mean()) / 100, float(second.mean()) / 100, n, comparisons=comparisons)
-    return Interval(100 * found.value, 100 * found.low, 100 * found.high)
+    over_samples = Interval(100 * found.value, 100 * found.low, 100 * found.high)
+    over_seeds = mean(gaps, comparisons=comparisons)
+    if over_seeds is None:
+        return over_samples
+    return Interval(over_seeds.value, min(over_seeds.low, over_samples.low), max(over_seeds.high, over_samples.high))
 
 
 def _expanded(pairs: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
