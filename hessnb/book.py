@@ -35,6 +35,7 @@ from filelock import FileLock, Timeout
 
 import hessnb
 from hessnb import notebooks, staging
+from hessnb.data import check_device
 from hessnb.errors import InputError, RunFailed, whole_number
 from hessnb.experiments.files import write_whole
 from hessnb.experiments.profile import load_profile
@@ -168,7 +169,7 @@ def _execute_into(target: Path, root: Path, source: Path, parameters: Parameters
         "fingerprint": fingerprint,
         "parameters": asdict(parameters),
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
+        "machine": f"{device_name(check_device(parameters.device))}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }

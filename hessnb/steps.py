@@ -5,10 +5,12 @@ A replay is one launch instead of hundreds, which is what a step on a small mini
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -100,14 +102,14 @@ def captured(
     """
     static, kept = argument.clone(), [tensor.detach().clone() for tensor in changed]
     with torch.cuda.device(argument.device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side, current = _side_stream(argument.device), torch.cuda.current_stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
                 function(static)
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _no_collection(), torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
             function(static)
     with torch.no_grad():
         for tensor, value in zip(changed, kept, strict=True):
@@ -118,6 +120,25 @@ def captured(
         graph.replay()
 
     return replay
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all captures on a device: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect garbage before, and none inside: a CUDA graph that goes during a capture breaks it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def time_when_done(device: torch.device) -> float:

@@ -8,10 +8,13 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from playwright.sync_api import Browser, Page, sync_playwright
+
+if TYPE_CHECKING:  # where there is no browser all other tests run without the package
+    from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).parents[1]
 HTML = ROOT / "book" / "_build" / "html"
@@ -60,6 +63,8 @@ def browser() -> Iterator[Browser]:
     """Headless Chromium."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)

@@ -140,6 +140,10 @@ def check_samples(model: nn.Module, x: Tensor, y: Tensor | None, probes: int = P
             checks.independent_samples(model, lambda part: model(part.clone()), x[:probes])
 
 
+# More small matrices at once than this CUDA's batched eigensolver may refuse.
+_LARGEST = 16_384
+
+
 def in_chunks(
     model: nn.Module, x: Tensor, y: Tensor | None, memory: int, extra: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -147,4 +151,5 @@ def in_chunks(
     labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
     graph = held_bytes(lambda: differentiable(model, x[:1]), [*model.parameters(), *model.buffers()])
     size = max(1, memory // max(1, 3 * graph + extra))  # a graph that is only views holds nothing
+    size = min(size, _LARGEST)
     yield from zip(x.split(size), labels.split(size), strict=True)

@@ -25,11 +25,10 @@ from hessnb.curvature.evaluation import (
     in_chunks,
 )
 from hessnb.curvature.input_lanczos import eigenvalues_by_lanczos, solve_by_lanczos
+from hessnb.curvature.memory import at_a_time
 from hessnb.errors import InputError, unknown
 
 Method = Literal["auto", "closed_form", "lanczos"]
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ class InputCurvature:
         return float(self.gradient_norms.mean())
 
 
-def input_curvature(model: nn.Module, x: Tensor, y: Tensor, *, memory: int = GIB) -> InputCurvature:
+def input_curvature(model: nn.Module, x: Tensor, y: Tensor, *, memory: int | None = None) -> InputCurvature:
     """Return the norms of input Hessian and input gradient of each sample, float64 (section 3.2).
 
-    ``x`` (N, ...) are inputs, ``y`` (N,) labels; about ``memory`` bytes are used at a time. Raises InputError as
-    `input_hessian_eigenvalues` does.
+    ``x`` (N, ...) are inputs, ``y`` (N,) labels; ``memory`` and errors are those of `input_hessian_eigenvalues`.
     """
     check_samples(model, x, y)
+    memory = at_a_time(memory, x.device)
     if is_piecewise_linear(model, x):
         lambda1 = input_hessian_eigenvalues(model, x, k=1, method="closed_form", memory=memory)[:, 0]
     else:
@@ -66,13 +65,14 @@ def input_curvature(model: nn.Module, x: Tensor, y: Tensor, *, memory: int = GIB
     return InputCurvature(lambda1, input_gradient_norms(model, x, y, memory=memory))
 
 
-def input_gradient_norms(model: nn.Module, x: Tensor, y: Tensor, *, memory: int = GIB) -> Tensor:
+def input_gradient_norms(model: nn.Module, x: Tensor, y: Tensor, *, memory: int | None = None) -> Tensor:
     """Return the L2 norm (N,), float64, of the gradient of each sample's cross-entropy with respect to its input.
 
     The gradient with respect to the logits is taken in float64 and scaled to norm one before it is propagated: the
     gradients of confident samples do not underflow in float32. Raises InputError as `input_hessian_eigenvalues` does.
     """
     check_samples(model, x, y)
+    memory = at_a_time(memory, x.device)
     norms = [x.new_zeros(0, dtype=torch.float64)]
     with evaluation(model):
         for part, labels in in_chunks(model, x, y, memory, 0):
@@ -99,7 +99,7 @@ def input_hessian_eigenvalues(
     k: int | None = None,
     method: Method = "auto",
     tol: float = 1e-6,
-    memory: int = GIB,
+    memory: int | None = None,
 ) -> Tensor:
     """Return the ``k`` largest eigenvalues (N, k), descending, float64, of each sample's input Hessian.
 
@@ -107,12 +107,14 @@ def input_hessian_eigenvalues(
     piecewise linear in eval mode. ``k`` is min(c - 1, d) unless given, with c classes; at most d. "closed_form" is
     exact and takes c - 1 vector-Jacobian products; "lanczos" iterates, all samples together, until each residual is at
     most ``tol`` times the sample's largest eigenvalue magnitude; "auto" takes the closed form where
-    `is_piecewise_linear` allows it. About ``memory`` bytes are used at a time, beside the result.
+    `is_piecewise_linear` allows it. About ``memory`` bytes are used at a time, beside the result: 1 GiB unless given,
+    or on CUDA an eighth of what is free.
 
     Raises InputError for a closed form asked of a network that is not piecewise linear, labels that are missing or out
     of range, a k outside 1..d, mixed devices or dtypes, NaN, or samples that depend on each other.
     """
     check_samples(model, x, y)
+    memory = at_a_time(memory, x.device)
     d = x[0].numel()
     with evaluation(model), torch.no_grad():
         classes = model(x[:1].clone()).shape[1]
@@ -139,7 +141,7 @@ def input_hessian_solve(
     y: Tensor | None = None,
     method: Method = "auto",
     tol: float = 1e-8,
-    memory: int = GIB,
+    memory: int | None = None,
 ) -> Tensor:
     """Return (H + damping I)^-1 g for each sample's input Hessian H, like ``x``; for damping 0, H^+ g (pseudo-inverse).
 
@@ -154,7 +156,7 @@ def input_hessian_solve(
         raise InputError(f"g of shape {tuple(g.shape)} must be finite and have the shape of x, {tuple(x.shape)}")
     if not (damping >= 0 and math.isfinite(damping)):
         raise InputError(f"damping = {damping}: it must be 0 or positive, and finite")
-    g = g.detach()
+    g, memory = g.detach(), at_a_time(memory, x.device)
     if _chosen(model, x, method) == "lanczos":
         return solve_by_lanczos(model, x, y, g, damping, tol, memory)
     parts, start = [], 0

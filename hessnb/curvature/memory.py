@@ -35,6 +35,13 @@ def available_memory(device: torch.device) -> int:
     return min(free, max(0, limit - used + reclaimable))
 
 
+def at_a_time(memory: int | None, device: torch.device) -> int:
+    """Return how many bytes may be used at a time: ``memory``, or 1 GiB, or on CUDA an eighth of what is free."""
+    if memory is not None:
+        return memory
+    return available_memory(device) // 8 if device.type == "cuda" else 1 << 30
+
+
 def _facts(path: Path, separator: str) -> dict[str, str]:
     """Return the lines of one of the kernel's files, name by value."""
     return dict(line.split(separator, 1) for line in path.read_text().splitlines() if separator in line)
