@@ -11,6 +11,7 @@ from hessnb.experiments.profile import load_profile
 from hessnb.experiments.record import Record, recorded
 from hessnb.experiments.run import Outcome, look_up
 from hessnb.experiments.spec import RunSpec
+from hessnb.paper.origins import distinctions
 from hessnb.paper.recorded import PROFILES
 from hessnb.paper.tables import NOT_MEASURED
 
@@ -76,7 +77,8 @@ def _run_row(outcome: Outcome, address: str) -> str:
     taken = [m.provenance["seconds"] for m in outcome.measurements.values()]
     return _line(
         f"[{spec.label}]({address}/{spec.slug}/run.json)",
-        f"batch {recipe.batch_size}, learning rate {recipe.lr:g}, momentum {recipe.momentum:g}, {until}{attack}",
+        f"{''.join(f'{told}, ' for told in _scale(spec))}batch {recipe.batch_size}, learning rate {recipe.lr:g}, "
+        f"momentum {recipe.momentum:g}, {until}{attack}",
         str(recipe.seed),
         f"`{(told['commit'] or 'unknown')[:12]}`",
         f"{told['device']}, {told['threads']} thread{'s'[: told['threads'] > 1]}, torch {told['torch']}",
@@ -84,6 +86,13 @@ def _run_row(outcome: Outcome, address: str) -> str:
         f"{told['seconds']:,.0f} s",
         f"{len(taken)} in {sum(taken):,.0f} s",
     )
+
+
+def _scale(spec: RunSpec) -> list[str]:
+    """Return in what a network and its data differ from those of the paper's Table 6."""
+    width, n = spec.model.width, spec.data.n_train
+    told = (spec.model.variant, f"width {width:g}" if width else None, f"{n:,} training images" if n else None)
+    return [part for part in told if part]
 
 
 def _networks(artefact: Artefact, record: Path, profile: str) -> list[list[Outcome]]:
@@ -162,15 +171,7 @@ def _some(lacking: list[str], seeds: int) -> str:
 def _names(specs: Sequence[RunSpec]) -> list[str]:
     """Return a name for each network that tells it from the others: its label, variant and learning rate, no seed."""
     labels = [spec.label.removesuffix(f"-s{spec.recipe.seed}") for spec in specs]
-    names = [
-        f"{label}, {spec.model.variant}" if spec.model.variant else label
-        for label, spec in zip(labels, specs, strict=True)
-    ]
-    several = Counter(names)
-    return [
-        f"{name}, learning rate {spec.recipe.lr:g}" if several[name] > 1 else name
-        for name, spec in zip(names, specs, strict=True)
-    ]
+    return [label + apart for label, apart in zip(labels, distinctions(specs), strict=True)]
 
 
 def _listed(things: list[str] | list[int]) -> str:

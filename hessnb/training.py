@@ -160,7 +160,8 @@ def train(
     With a ``perturbation`` each step is taken on inputs perturbed for the network as it is then: adversarial training
     (the paper's Algorithm 1), if the perturbation is an attack. ``state`` resumes an earlier training; ``on_epoch`` is
     called with the state at the end of each epoch (its tensors are the live ones: copy or save them before returning).
-    Model and data must be on one device.
+    Model and data must be on one device. On CUDA let go of the curvature operators of a model before you train it:
+    steps cannot be captured while their graphs hold on to its weights.
 
     Raises InputError for a batch size larger than the training set, Diverged when the loss is not finite, and Collapsed
     when a network has learned something and then `PATIENCE` epochs in a row is no better than a constant answer.

@@ -11,6 +11,7 @@ from hessnb.experiments import grid, record
 from hessnb.experiments.grid import Task
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.store import Measurement, RunResult, Store
+from hessnb.paper.origins import distinctions
 from hessnb.paper.tables import NOT_MEASURED
 from hessnb.record_pages import generated, missing_lists, state_table
 from hessnb.training import Epoch, State
@@ -95,6 +96,14 @@ def test_networks_of_the_same_label_are_told_apart(tmp_path: Path) -> None:
     text = missing_lists(record_of(tmp_path, [middle]), "paper")
     assert "**M1-mnist-b64, learning rate 0.04**: not trained" in entry(text, "silent_lr")
     assert "**M1-mnist-b64, strided**: not trained" in entry(text, "silent_variant")
+
+
+def test_origins_of_the_same_label_are_told_apart() -> None:
+    rates, strided = grid.artefact("silent_lr"), grid.artefact("silent_variant")
+    specs = [t.spec for s in (0, 1) for a in (rates, strided) for t in a.tasks_of_seed(load_profile("paper"), s)[:2]]
+    assert distinctions(specs[:2]) == [", learning rate 0.0025", ", learning rate 0.005"]
+    assert distinctions(specs[2:4]) == ["", ", strided"]
+    assert distinctions([specs[0], specs[4]]) == ["", ""], "two seeds of one kind"
 
 
 def test_smaller_profile_lists_what_differs_from_the_papers_alone(tmp_path: Path) -> None:

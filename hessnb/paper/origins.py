@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from hessnb.experiments.record import project_root
 from hessnb.experiments.run import Outcome
+from hessnb.experiments.spec import RunSpec
 from hessnb.paper.recorded import Recorded
 
 HEADER = ("Run", "Seed", "Profile", "Commit", "Machine", "Date")
@@ -28,10 +30,23 @@ class Origin:
 
 def origins(outcomes: Sequence[Outcome]) -> tuple[Origin, ...]:
     """Return where the recorded ones among ``outcomes`` come from; a live run has no place in the record."""
-    return tuple(_origin(o) for o in outcomes if isinstance(o, Recorded) and o.result is not None)
+    found = [o for o in outcomes if isinstance(o, Recorded) and o.result is not None]
+    apart = distinctions([o.task.spec for o in found])
+    return tuple(_origin(o, told) for o, told in zip(found, apart, strict=True))
 
 
-def _origin(outcome: Recorded) -> Origin:
+def distinctions(specs: Sequence[RunSpec]) -> list[str]:
+    """Return what the labels of runs leave out: ", " and the variant, or the learning rate where that differs."""
+    kinds = [(spec.label.removesuffix(f"-s{spec.recipe.seed}"), spec.model.variant) for spec in specs]
+    rates = Counter(kind for kind, _ in {(kind, spec.recipe.lr) for kind, spec in zip(kinds, specs, strict=True)})
+    told = [
+        (kind[1], f"learning rate {spec.recipe.lr:g}" if rates[kind] > 1 else None)
+        for kind, spec in zip(kinds, specs, strict=True)
+    ]
+    return ["".join(f", {part}" for part in parts if part) for parts in told]
+
+
+def _origin(outcome: Recorded, apart: str) -> Origin:
     assert outcome.result is not None
     spec, told = outcome.task.spec, outcome.result.provenance
     measured = [found.provenance for found in outcome.measurements.values()]
@@ -40,7 +55,7 @@ def _origin(outcome: Recorded) -> Origin:
     machines = dict.fromkeys(f"{p['device']}, torch {p['torch']}" for p in (told, *measured))
     base = files_address(project_root() or project_root(Path(__file__)))
     cells = (
-        spec.label if base else spec.slug,
+        (spec.label if base else spec.slug) + apart,
         str(spec.recipe.seed),
         outcome.scale or "–",
         ", ".join(commits),
