@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -18,7 +17,7 @@ from hessnb.data import Splits
 from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy
-from hessnb.figures.style import COLOURS, MARKERS, absent, style, titled
+from hessnb.figures.style import COLOURS, MARKERS, absent, over_seeds, style, titled
 from hessnb.models import layers
 from hessnb.paper.adversarial import accuracy_under, network_name
 from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
@@ -115,7 +114,7 @@ def lambda1_against_batch(table: str, live: Sequence[Outcome], record: Sequence[
                 points = [
                     (o.task.spec.recipe.batch_size, o.eigenvalues(split)[0]) for o in outcomes if o.eigenvalues(split)
                 ]
-                _over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
+                over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
             axis.set(title=f"{'training' if split == 'train' else 'test'} set", xlabel="batch size")
         axes[0].set_ylabel("dominant eigenvalue")
         axes[0].legend(fontsize=10)
@@ -144,26 +143,11 @@ def accuracy_against_batch(table: str, live: Sequence[Outcome], record: Sequence
                     for o in outcomes
                     if (accuracy := attacked(float(eps), plain=plain)([o], "test"))
                 ]
-                _over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
+                over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
             axis.set(title=f"ε = {eps}", xlabel="batch size", xscale="log", ylim=(0, 100))
         axes[0].set_ylabel("accuracy under attack, %")
         axes[0].legend(fontsize=9)
     return figure
-
-
-def _over_seeds(axis: Axes, points: Sequence[tuple[int, float]], *, marker: str, color: str, label: str) -> None:
-    """Draw a line through the mean at each batch size, and a short dash for each seed where there are several."""
-    if not points:
-        return
-    values: dict[int, list[float]] = {}
-    for size, value in sorted(points):
-        values.setdefault(size, []).append(value)
-    axis.plot(
-        list(values), [statistics.mean(some) for some in values.values()], marker=marker, color=color, label=label
-    )
-    several = [(size, value) for size, some in values.items() if len(some) > 1 for value in some]
-    if several:
-        axis.plot(*zip(*several, strict=True), linestyle="none", marker="_", markersize=9, color=color)
 
 
 def accuracy_against_measures(outcomes: Sequence[Outcome], eps: float) -> Figure:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hessnb.curvature import SpectralDensity
 from hessnb.experiments.run import Outcome
-from hessnb.figures.style import COLOURS, MARKERS, style
+from hessnb.figures.style import COLOURS, MARKERS, over_seeds, style
 from hessnb.paper.beyond import RESOLUTION, Rescaling, followed, spectral, under_fgsm
 from hessnb.paper.large_batch import lambda1
 from hessnb.sharpness import stability_bound
@@ -153,10 +153,10 @@ def learning_rates(live: Sequence[Outcome], record: Sequence[Outcome], eps: floa
         )
         for i, (label, outcomes) in enumerate((("live", live), ("record", record))):
             for axis, of in shown:
-                points = sorted((o.task.spec.recipe.lr, of([o])[0]) for o in outcomes if of([o]))
-                if points:
-                    axis.plot(*zip(*points, strict=True), marker=MARKERS[i], color=COLOURS[i], label=label)
-        bounds = sorted((r.lr, stability_bound(r.lr, r.momentum)) for r in (o.task.spec.recipe for o in live))
+                points = [(o.task.spec.recipe.lr, of([o])[0]) for o in outcomes if of([o])]
+                over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
+        recipes = [o.task.spec.recipe for outcomes in (live, record) for o in outcomes if o.result]
+        bounds = sorted({(r.lr, stability_bound(r.lr, r.momentum)) for r in recipes})
         left.plot(*zip(*bounds, strict=True), ":", color=COLOURS[6], label="2 (1 + β) / lr")
         left.set(yscale="log", ylabel="largest eigenvalue")
         right.set(ylabel=f"accuracy under FGSM, {eps:g}, %")
@@ -165,6 +165,5 @@ def learning_rates(live: Sequence[Outcome], record: Sequence[Outcome], eps: floa
             rates = [lr for lr, _ in bounds]
             axis.set_xticks(rates, [f"{lr:g}" for lr in rates], fontsize=9)
             axis.minorticks_off()
-        left.legend(fontsize=10)
-        right.legend(fontsize=10)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=10)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -98,6 +99,21 @@ def legend(figure: Figure, handles: Mapping[str, Line2D], *, columns: int) -> No
 def legend_of_sets(figure: Figure, names: Sequence[str]) -> None:
     """Put a legend of `SETS` above all panels."""
     legend(figure, {SETS[name]["label"]: Line2D([], [], **SETS[name]) for name in names}, columns=len(names))  # type: ignore[arg-type]
+
+
+def over_seeds(axis: Axes, points: Sequence[tuple[float, float]], *, marker: str, color: str, label: str) -> None:
+    """Draw a line through the mean at each x, and a short dash for each value (a seed's) where there are several."""
+    if not points:
+        return
+    values: dict[float, list[float]] = {}
+    for x, value in sorted(points):
+        values.setdefault(x, []).append(value)
+    axis.plot(
+        list(values), [statistics.mean(some) for some in values.values()], marker=marker, color=color, label=label
+    )
+    several = [(x, value) for x, some in values.items() if len(some) > 1 for value in some]
+    if several:
+        axis.plot(*zip(*several, strict=True), linestyle="none", marker="_", markersize=9, color=color)
 
 
 def absent(axis: Axes) -> None:
