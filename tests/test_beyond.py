@@ -238,13 +238,19 @@ def test_rescalings_keep_the_function_and_change_the_hessian(store: Store) -> No
 def test_strong_table_has_an_interval_for_one_network_and_says_what_is_missing(store: Store) -> None:
     live = computed(store, "strong")
     table = beyond.strong(live, [], name="tab-x", caption="a caption")
-    assert table.header[3:] == ("FGSM, 0.1", "PGD, 0.1", "AutoAttack, 0.1", "FGSM, 0.3", "PGD, 0.3", "AutoAttack, 0.3")
-    first = live[0].measurements[live[0].task.measures[0]]
-    assert table.rows[0][3].startswith(f"{100 * first.values['accuracy']:.0f} (")
-    assert table.rows[-1][0] == NOT_MEASURED
+    assert table.header == ("Run", "ε", "Training", "clean", "FGSM", "PGD", "AutoAttack")
+    for row, measures in zip(
+        (table.rows[0], table.rows[2]), (live[0].task.measures[:3], live[0].task.measures[3:]), strict=True
+    ):
+        for cell, measure in zip(row[4:], measures, strict=True):
+            assert cell.startswith(f"{100 * live[0].measurements[measure].values['accuracy']:.0f} (")
+    assert table.rows[-1][2] == NOT_MEASURED
     several = beyond.strong([live[0], live[0]], live, name="tab-x", caption="a caption")
-    assert "±" in several.rows[0][3]
-    assert [row[:2] for row in several.rows] == [("ORI", "live"), ("ORI", "record"), ("L2GRAD", "record")]
+    assert "±" in several.rows[0][4]
+    assert [row[:3] for row in several.rows] == [
+        ("live", "0.1", "ORI"), ("live", "0.3", "ORI"), ("record", "0.1", "ORI"), ("record", "0.1", "L2GRAD"),
+        ("record", "0.3", "ORI"), ("record", "0.3", "L2GRAD"),
+    ]  # fmt: skip
 
 
 def test_spread_has_means_over_seeds_and_the_ratio_of_extremes(store: Store) -> None:

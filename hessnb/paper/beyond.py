@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -173,20 +174,22 @@ def rescaling(found: Sequence[Rescaling], *, name: str, caption: str) -> Table:
 
 
 def strong(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, caption: str) -> Table:
-    """Return accuracies (%) under FGSM, PGD and AutoAttack, one row a network, live and recorded.
+    """Return accuracies (%) under FGSM, PGD and AutoAttack, one row a size and network, live and recorded.
 
-    One network's have Wilson's 95 % interval, several their mean and standard deviation. Each size has its columns.
+    One network's have Wilson's 95 % interval, several their mean and standard deviation.
     """
+    attacks = _attacks(live)
+    methods = dict.fromkeys(m.attack.method for m in attacks)
     rows = []
     for source, outcomes in (("live", live), (recorded_as(record), record)):
-        for network in dict.fromkeys(network_name(o.task.spec) for o in outcomes):
+        names = {network_name(o.task.spec): None for o in outcomes}
+        for eps, network in product(dict.fromkeys(m.attack.eps for m in attacks), names):
             runs = [o for o in outcomes if network_name(o.task.spec) == network]
-            cells = [_under(runs, m) for m in _attacks(runs)]
-            rows.append((network, source, mean_and_spread(clean(runs), "{:.1f}"), *cells))
+            cells = [_under(runs, m) for m in _attacks(runs) if m.attack.eps == eps]
+            rows.append((source, f"{eps:g}", network, mean_and_spread(clean(runs), "{:.1f}"), *cells))
     if not record:
-        rows.append((NOT_MEASURED, "record", *["–"] * (1 + len(_attacks(live)))))
-    titles = [f"{_words(m.attack.method)}, {m.attack.eps:g}" for m in _attacks(live)]
-    header = ("Training", "Run", "clean", *titles)
+        rows.append(("record", "–", NOT_MEASURED, *["–"] * (1 + len(methods))))
+    header = ("Run", "ε", "Training", "clean", *map(_words, methods))
     return Table(name, caption, header, tuple(rows), origins(record))
 
 

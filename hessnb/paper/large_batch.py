@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import pandas as pd
@@ -44,20 +45,20 @@ def input_curvature(table: str, outcomes: Sequence[Outcome], *, name: str, capti
 
 
 def robustness(table: str, outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
-    """Return the accuracies (%) under FGSM at each eps of the paper's table, laid out as `curvature`.
+    """Return the accuracies (%) under FGSM, laid out as `curvature`, for one eps of the paper's table below the other.
 
-    Twice: with the gradient of the loss as float32 rounds it, which stands beside the paper's, and with the exact one.
+    Twice: with the exact gradient, and with that of the loss as float32 rounds it, which stands beside the paper's.
     """
     sizes = [c.split("_")[1] for c in published(table).columns if c.startswith("adversarial") and c.endswith("train")]
-    columns: Columns = [
-        column
-        for eps in sizes
-        for column in (
-            (f"ε = {eps}, exact", attacked(float(eps)), None, "{:.1f}"),
-            (f"ε = {eps}, float32", attacked(float(eps), plain=True), f"adversarial_{eps}", "{:.1f}"),
-        )
-    ]
-    return _table(table, outcomes, columns, name, caption)
+    parts = []
+    for eps in sizes:
+        columns: Columns = [
+            ("exact", attacked(float(eps)), None, "{:.1f}"),
+            ("float32", attacked(float(eps), plain=True), f"adversarial_{eps}", "{:.1f}"),
+        ]
+        parts.append(_table(table, outcomes, columns, name, caption))
+    rows = [(eps, *row) for eps, part in zip(sizes, parts, strict=True) for row in part.rows]
+    return replace(parts[0], header=("ε", *parts[0].header), rows=tuple(rows))
 
 
 def iterated(outcomes: Sequence[Outcome], eps: float, *, name: str, caption: str) -> Table:
