@@ -36,7 +36,7 @@ def inside(bounds: Bounds, x: Tensor) -> None:
         ) from None
     if not low < high:
         raise InputError(f"bounds = {bounds}: the lower bound must be below the upper; None does not clip")
-    least, most = map(float, torch.aminmax(x))
+    least, most = map(float, torch.aminmax(x.detach()))
     slack = 4 * torch.finfo(x.dtype).eps * max(abs(low), abs(high))  # what normalising in this precision rounds
     if least < low - slack or most > high + slack:
         raise InputError(

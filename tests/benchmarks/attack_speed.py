@@ -14,11 +14,10 @@ residual are at rounding: the two agree to 1e-5 of a pixel's range after three s
 
 The network is M1, trained here to a loss of 0.02 on 5,000 MNIST digits, the samples MNIST test digits. Runs alternate
 in one process; ratios are the other's seconds over hessnb's, round by round. The gradient and foolbox compute in
-float64 on a network that was converted before and get the same result to 1e-12. The gradient is taken in batches of
-the size that hessnb takes. Foolbox leaves batches to its caller, and is called both ways: with all digits at once, and
-in the same batches. Against the gradient hessnb is given the float32 network, and its conversion counts. So do its
-checks. Seconds are those of the
-processor, summed over threads. Nothing is asserted. Needs MNIST (HESSNB_DATA) and foolbox: pip install -e '.[bench]'.
+float64 on a network that was converted before; by how much the results differ, each row says. The gradient is taken in
+batches of the size that hessnb takes. Foolbox leaves batches to its caller, and is called both ways: with all digits
+at once, and in the same batches. Against the gradient hessnb is given the float32 network, and its conversion counts.
+So do its checks. Seconds are those of the processor, summed over threads. Nothing is asserted. Needs MNIST (HESSNB_DATA) and foolbox: pip install -e '.[bench]'.
 """
 
 from __future__ import annotations
