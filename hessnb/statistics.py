@@ -136,7 +136,7 @@ def spearman_within(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -
     if not found:
         return None
     as_far = sum(n for value, n in chances.items() if abs(value) >= abs(math.fsum(found)) - 1e-6)
-    return math.fsum(found) / len(found), as_far / chances.total()
+    return round(math.fsum(found) / len(found), 9), as_far / chances.total()
 
 
 def _standardised(ranks: np.ndarray) -> np.ndarray:
