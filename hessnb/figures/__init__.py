@@ -17,7 +17,7 @@ from hessnb.data import Splits
 from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy
-from hessnb.figures.style import COLOURS, MARKERS, absent, over_seeds, style, titled
+from hessnb.figures.style import COLOURS, MARKERS, absent, over_seeds, plain_log_labels, style, titled
 from hessnb.models import layers
 from hessnb.paper.adversarial import accuracy_under, network_name
 from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
@@ -95,6 +95,7 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
                 absent(axis)
                 continue
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            plain_log_labels(axis)
             axis.legend(ncols=2, fontsize=9)
         axes[0].set_ylabel("eigenvalue of the training Hessian")
     return figure

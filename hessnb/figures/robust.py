@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import Interpolation, LossLine
@@ -24,6 +24,7 @@ from hessnb.figures.style import (
     legend_of_sets,
     name_axes,
     nothing,
+    plain_log_labels,
     style,
     titled,
 )
@@ -131,6 +132,7 @@ def _lines(
                 for place in (0, 1):
                     axis.axvline(place, color="#777777", linewidth=0.8, zorder=0)
             axis.margins(x=0)
+            plain_log_labels(axis)
         legend_of_sets(figure, sets)
         name_axes(figure, x, "loss")
     return figure
@@ -140,8 +142,7 @@ def _signed_log(axis: Axes, values: Sequence[float]) -> None:
     """Set a logarithmic axis; with values of both signs, one to both sides of zero, and linear close to it."""
     if min(values) > 0:
         axis.set_yscale("log")
-        if max(values) >= 10 * min(values):  # else there may be no other label
-            axis.yaxis.set_minor_formatter(NullFormatter())
+        plain_log_labels(axis)
         return
     magnitudes = [abs(v) for v in values if v]
     top = math.ceil(math.log10(max(magnitudes)))

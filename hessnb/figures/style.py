@@ -12,7 +12,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hessnb.experiments.run import Outcome
 from hessnb.paper.recorded import Recorded
@@ -114,6 +114,18 @@ def over_seeds(axis: Axes, points: Sequence[tuple[float, float]], *, marker: str
     several = [(x, value) for x, some in values.items() if len(some) > 1 for value in some]
     if several:
         axis.plot(*zip(*several, strict=True), linestyle="none", marker="_", markersize=9, color=color)
+
+
+def plain_log_labels(axis: Axes) -> None:
+    """Write 0.2, 0.5 and 1 on a logarithmic y-axis of little more than a decade, where powers of ten would be few."""
+    powers = axis.yaxis.get_major_formatter()
+
+    def is_short() -> bool:
+        low, high = axis.get_ylim()
+        return high < 30 * low
+
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, at: f"{v:g}" if is_short() else powers(v, at)))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if is_short() and f"{v:e}"[0] in "235" else ""))
 
 
 def absent(axis: Axes) -> None:

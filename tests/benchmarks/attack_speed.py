@@ -17,7 +17,8 @@ in one process; ratios are the other's seconds over hessnb's, round by round. Th
 float64 on a network that was converted before; by how much the results differ, each row says. The gradient is taken in
 batches of the size that hessnb takes. Foolbox leaves batches to its caller, and is called both ways: with all digits
 at once, and in the same batches. Against the gradient hessnb is given the float32 network, and its conversion counts.
-So do its checks. Seconds are those of the processor, summed over threads. Nothing is asserted. Needs MNIST (HESSNB_DATA) and foolbox: pip install -e '.[bench]'.
+So do its checks. Seconds are those of the processor, summed over threads. Nothing is asserted. Needs MNIST
+(HESSNB_DATA) and foolbox: pip install -e '.[bench]'.
 """
 
 from __future__ import annotations
