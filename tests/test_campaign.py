@@ -453,6 +453,19 @@ def test_network_without_weights_is_told_and_the_rest_goes_on(network: Path, tmp
     assert store.measurement(second.spec, FGSM[0]) is not None
 
 
+def test_attack_whose_package_is_missing_is_told_and_the_rest_goes_on(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copy_of(network, tmp_path / "store")
+    first = tasks("table7")[0]
+    auto = AttackAccuracy(split="test", attack=AttackSpec(method="AUTOATTACK", eps=0.1, clip=True))
+    monkeypatch.setattr(campaign, "find_spec", lambda name: None)
+    (refusal,) = campaign.carry_out(store, [grid.Task(first.spec, (auto, FGSM[0]))])
+    assert "pip install 'hessnb[attacks]'" in refusal.line
+    assert refusal.impossible
+    assert store.measurement(first.spec, FGSM[0]) is not None
+
+
 def test_children_of_a_failed_training_are_left_alone(tmp_path: Path) -> None:
     original, robust, *_ = tasks("table3")
     recipe = replace(original.spec.recipe, lr=1e9)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from types import FrameType
 
 import torch
@@ -19,7 +20,7 @@ from hessnb.experiments.estimate import Estimates, in_words
 from hessnb.experiments.grid import Task
 from hessnb.experiments.measure import Report, silent
 from hessnb.experiments.run import RESUMED, mates_of, measure_run, train_run
-from hessnb.experiments.spec import Measure, RunSpec
+from hessnb.experiments.spec import AUTOATTACK, AttackAccuracy, Measure, RunSpec
 from hessnb.experiments.store import Spent, Store
 
 # What a measure costs before one like it has been seen, in epochs of its network's training; for the order alone.
@@ -256,6 +257,12 @@ class _Work:
             if "run" in names and "weights" not in names:
                 remedy = "import them, or remove its folder to train it anew"
                 return Refusal(f"{unit.label}: the weights of {needed.slug} are not here; {remedy}", impossible=True)
+        if (
+            isinstance(unit.measure, AttackAccuracy)
+            and unit.measure.attack.method == AUTOATTACK
+            and find_spec("pyautoattack") is None
+        ):
+            return Refusal(f"{unit.label}: needs pyautoattack: pip install 'hessnb[attacks]'", impossible=True)
         seconds, budget = _piece(self._store, unit, self._estimates), self._clock.budget
         if self.is_ready(unit) and seconds is not None and budget is not None and not _fits(seconds, budget):
             why = f"needs about {in_words(seconds)} at a time; give it more than {in_words(budget)}"
