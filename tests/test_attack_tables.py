@@ -97,6 +97,9 @@ def test_steps_of_cg_go_from_one_to_exact_and_end_with_the_paper() -> None:
     assert table.rows[5][3] == expected(live, method="L2HESS", solver="exact")
     assert set(column(table.rows[:-1], 2)) == {NOT_MEASURED}
     assert table.rows[-1][1:] == ("", "82.0", "", "33.2")
+    alone = attacks.steps_of_cg([], [live], name="tab-x", caption="a caption")
+    assert alone.header == ("CG steps", "FHSM, record", "L2HESS, record")
+    assert alone.rows == tuple((row[0], row[1] or "82.0", row[3] or "33.2") for row in table.rows)
 
 
 def test_attacks_of_equal_size_have_intervals_and_the_papers_numbers() -> None:

@@ -113,14 +113,20 @@ def clipping(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, c
 
 
 def steps_of_cg(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, caption: str) -> Table:
-    """Return accuracies (%) under the second-order attacks by conjugate gradient steps, and the paper's (``cg``)."""
-    network = live[0].task.spec.model.name
+    """Return accuracies (%) under the second-order attacks by conjugate gradient steps, and the paper's (``cg``).
+
+    Without ``live`` outcomes the record alone.
+    """
+    network = (*live, *record)[0].task.spec.model.name
+    sources = [*([("live", live)] if live else []), (recorded_as(record), record)]
     rows = []
-    for label, settings in cg_settings(live).items():
-        cells = [_shown(under(outcomes, method, **settings)) for method in SECOND_ORDER for outcomes in (live, record)]
+    for label, settings in cg_settings(live or record).items():
+        cells = [_shown(under(outcomes, method, **settings)) for method in SECOND_ORDER for _, outcomes in sources]
         rows.append((label, *cells))
-    rows.append(("paper, steps not given", "", _published(network, "FHSM"), "", _published(network, "L2HESS")))
-    header = ("CG steps", *(f"{method}, {where}" for method in SECOND_ORDER for where in ("live", recorded_as(record))))
+    blank = [""] * (len(sources) - 1)
+    paper = [cell for method in SECOND_ORDER for cell in (*blank, _published(network, method))]
+    rows.append(("paper, steps not given", *paper))
+    header = ("CG steps", *(f"{method}, {where}" for method in SECOND_ORDER for where, _ in sources))
     return Table(name, caption, header, tuple(rows), origins(record))
 
 
