@@ -122,7 +122,7 @@ def plain_log_labels(axis: Axes) -> None:
 
     def is_short() -> bool:
         low, high = axis.get_ylim()
-        return high < 30 * low
+        return high < 50 * low
 
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, at: f"{v:g}" if is_short() else powers(v, at)))
     axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if is_short() and f"{v:e}"[0] in "235" else ""))
