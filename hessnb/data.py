@@ -110,10 +110,10 @@ def load(
             raise InputError(f"n_{split} = {n}: {name} has {there:,} {split} images; choose 1 to {there}")
         images = torch.from_numpy(np.ascontiguousarray(arrays[f"{split}_images"][:n])).to(where)
         labels = torch.from_numpy(arrays[f"{split}_labels"][:n].astype(np.int64)).to(where)
-        images = images.permute(0, 3, 1, 2).to(torch.float32).div_(255).contiguous()
-        if where.type == "cuda":  # one channel is contiguous in more than one way, and only one of them is fast there
-            images = images.clone(memory_format=torch.contiguous_format)
-        splits[split] = Split(images, labels)
+        images = images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+        # One channel is contiguous in more than one way, and only one of them is fast on CUDA.
+        fast = images.clone(memory_format=torch.contiguous_format) if where.type == "cuda" else images.contiguous()
+        splits[split] = Split(fast, labels)
     return Splits(splits["train"], splits["test"], classes)
 
 

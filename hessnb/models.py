@@ -86,10 +86,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluate the model inside: in eval mode, without gradients, in full precision also on CUDA."""
+def inference(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Evaluate the model inside: in eval mode, without gradients, in full precision also on CUDA.
+
+    What is yielded calls it on a copy of the inputs, since a network may work in place.
+    """
     with torch.no_grad(), eval_mode(model), full_precision():
-        yield
+        yield lambda x: model(x.clone())
 
 
 Scale = Callable[[int], int]

@@ -90,11 +90,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Interval | None:
     fewer than five pairs, and for few with many ties. Raises InputError for sequences of different lengths and values
     that are not finite.
     """
+    _check_pairs(x, y)
     n = len(x)
-    if n != len(y):
-        raise InputError(f"a correlation of {n} and {len(y)} values: give as many of one as of the other")
-    if not all(map(math.isfinite, (*x, *y))):
-        raise InputError("a correlation of values that are not all finite: leave the others out, in pairs")
     orders = [math.factorial(n) // math.prod(map(math.factorial, Counter(values).values())) for values in (x, y)]
     if min(orders) < 2 / 0.05:
         return None
@@ -119,10 +116,7 @@ def spearman_within(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -
     found: list[float] = []
     chances: Counter[float] = Counter({0.0: 1})  # of each sum of correlations, in how many orders it comes
     for x, y in groups:
-        if len(x) != len(y):
-            raise InputError(f"a correlation of {len(x)} and {len(y)} values: give as many of one as of the other")
-        if not all(map(math.isfinite, (*x, *y))):
-            raise InputError("a correlation of values that are not all finite: leave the others out, in pairs")
+        _check_pairs(x, y)
         if len(x) > 8:
             raise InputError(f"a group of {len(x)}: up to eight can be reordered in all ways")
         if len(set(x)) > 1 and len(set(y)) > 1:
@@ -137,6 +131,13 @@ def spearman_within(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -
         return None
     as_far = sum(n for value, n in chances.items() if abs(value) >= abs(math.fsum(found)) - 1e-6)
     return round(math.fsum(found) / len(found), 9), as_far / chances.total()
+
+
+def _check_pairs(x: Sequence[float], y: Sequence[float]) -> None:
+    if len(x) != len(y):
+        raise InputError(f"a correlation of {len(x)} and {len(y)} values: give as many of one as of the other")
+    if not all(map(math.isfinite, (*x, *y))):
+        raise InputError("a correlation of values that are not all finite: leave the others out, in pairs")
 
 
 def _standardised(ranks: np.ndarray) -> np.ndarray:

@@ -109,6 +109,7 @@ def captured(
                 function(static)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        # The stream is entered here as well, since a capture that fails does not leave it.
         with _no_collection(), torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
             function(static)
     with torch.no_grad():

@@ -230,9 +230,9 @@ def evaluate(model: nn.Module, data: Split) -> tuple[float, float]:
     """Return the mean cross-entropy (nats) and the accuracy over ``data``, in eval mode, summed in float64."""
     loss = torch.zeros((), dtype=torch.float64, device=data.labels.device)
     correct = torch.zeros((), dtype=torch.int64, device=data.labels.device)
-    with inference(model):
+    with inference(model) as forward:
         for images, labels in data.batches(EVALUATION_BATCH):
-            logits = model(images.clone())  # which may work in place
+            logits = forward(images)
             loss += F.cross_entropy(logits.double(), labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
     return loss.item() / len(data), correct.item() / len(data)

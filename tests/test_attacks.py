@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import network, samples
+from networks import InPlace, network, samples
 from torch import Tensor, nn
 
 from hessnb.attacks import (
@@ -499,10 +499,6 @@ def test_inverse_is_exact_however_confident_the_network_is(factor: float) -> Non
 
 
 def test_restarts_stay_in_the_ball_on_networks_that_work_in_place() -> None:
-    class InPlace(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.sub_(0.1307).div_(0.3081)
-
     model = nn.Sequential(InPlace(), *network("wide"))  # type: ignore[misc]
     x, y = samples(4)
     for precision in ("float64", "own", "plain"):

@@ -25,7 +25,7 @@ from hessnb.experiments.store import Measurement, Store
 from hessnb.figures import robust as figures_robust
 from hessnb.models import build, layers
 from hessnb.paper import robust_curvature as rc
-from hessnb.paper.adversarial import network_name
+from hessnb.paper.adversarial import network_name, of_first_seed
 from hessnb.paper.recorded import Recorded, from_record
 from hessnb.paper.tables import NOT_MEASURED
 from hessnb.training import train
@@ -121,7 +121,7 @@ def test_table_of_spectra_counts_sums_and_compares_within_a_seed() -> None:
     )
     both = rc.curvature_after(outcomes, name="tab-x", caption="x").rows[1]
     assert both[3] == "0.38 ± 0.18"
-    assert rc.of_first_seed(outcomes[::-1]) == outcomes[:2]
+    assert of_first_seed(outcomes[::-1]) == outcomes[:2]
     nothing = rc.curvature_after([replace(o, measurements={}) for o in outcomes], name="tab-x", caption="x")
     assert nothing.rows == (("all", "all", NOT_MEASURED, "–", "–", "–", "–", "–"),)
 

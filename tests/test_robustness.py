@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from networks import InPlace
 from torch import Tensor, nn
 
 from hessnb import landscape
@@ -138,13 +139,6 @@ def test_checklist_tells_an_attack_that_leaves_the_threat_model(
     assert not checks["The attack keeps to its size and to [0, 1]"].passed
     checks = {check.question: check for check in checklist(trained, fgsm, *few, eps=0.1)}
     assert checks["The attack keeps to its size and to [0, 1]"].passed
-
-
-class InPlace(nn.Module):
-    """Normalises its input where it lies."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sub_(0.1307).div_(0.3081)
 
 
 def test_networks_that_work_in_place_change_no_data_of_others(digits: Splits) -> None:

@@ -13,6 +13,9 @@ from hessnb.attacks.ball import Norm
 from hessnb.curvature.evaluation import check_samples, evaluation
 from hessnb.errors import InputError, whole_number
 
+# What is said where the package is not installed.
+MISSING = "autoattack needs the package pyautoattack: pip install 'hessnb[attacks]'"
+
 _STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 _NORMS = {"linf": "Linf", "l2": "L2"}
 
@@ -38,7 +41,7 @@ def autoattack(
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:
-        raise InputError("autoattack needs the package pyautoattack: pip install 'hessnb[attacks]'") from error
+        raise InputError(MISSING) from error
     check_samples(model, x, y)
     checks.inside((0.0, 1.0), x)
     if isinstance(eps, Tensor):

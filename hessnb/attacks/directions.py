@@ -87,9 +87,9 @@ def best_damping(point: Point, *, dampings: tuple[float, ...]) -> Step:
     for multiple in dampings:
         along = g
         if math.isfinite(multiple):
-            # Where nothing is curved, the gradient is all that there is.
             gamma = torch.where(largest > 0, multiple * largest, 1.0)
             along = form.damped_inverse(g.double(), gamma) if multiple else _pseudo_inverse(form, w, point.y)
+            # Where nothing is curved, the gradient is all that there is.
             along = torch.where((largest > 0)[:, None], math.copysign(1.0, multiple) * along.to(g.dtype), g)
             along = torch.where(torch.isfinite(along).all(1, keepdim=True), along, g)
         with torch.no_grad():

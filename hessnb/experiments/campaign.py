@@ -16,6 +16,7 @@ from types import FrameType
 import torch
 
 from hessnb import data
+from hessnb.attacks.auto import MISSING
 from hessnb.experiments.estimate import Estimates, in_words
 from hessnb.experiments.grid import Task
 from hessnb.experiments.measure import Report, silent
@@ -262,7 +263,7 @@ class _Work:
             and unit.measure.attack.method == AUTOATTACK
             and find_spec("pyautoattack") is None
         ):
-            return Refusal(f"{unit.label}: needs pyautoattack: pip install 'hessnb[attacks]'", impossible=True)
+            return Refusal(f"{unit.label}: {MISSING}", impossible=True)
         seconds, budget = _piece(self._store, unit, self._estimates), self._clock.budget
         if self.is_ready(unit) and seconds is not None and budget is not None and not _fits(seconds, budget):
             why = f"needs about {in_words(seconds)} at a time; give it more than {in_words(budget)}"

@@ -269,20 +269,12 @@ def _batch_line(profile: Profile, name: str) -> tuple[Measure, ...]:
     return first, LossLine(along=first, reach=drawn.reach, points=drawn.line_points, batch=drawn.batch)
 
 
-def _robust_spectra(name: str) -> Tasks:
-    """Return the spectra of original and robust networks."""
+def _of_six(name: str, measures: Callable[[Profile, str], tuple[Measure, ...]]) -> Tasks:
+    """Return measures of the original network and the robust ones."""
 
     def tasks(profile: Profile, seed: int) -> list[Task]:
-        return [Task(network, _sampled_spectra(profile, name)) for network in _six(profile, name, seed)]
-
-    return tasks
-
-
-def _robust_lines(name: str) -> Tasks:
-    """Return the losses of original and robust networks along the dominant eigenvector of a sub-sampled Hessian."""
-
-    def tasks(profile: Profile, seed: int) -> list[Task]:
-        return [Task(network, _batch_line(profile, name)) for network in _six(profile, name, seed)]
+        wanted = measures(profile, name)
+        return [Task(network, wanted) for network in _six(profile, name, seed)]
 
     return tasks
 
@@ -412,15 +404,15 @@ ARTEFACTS = {
         Artefact("fig2", "Loss along the dominant eigenvector, by batch size (C1)", _lines("C1")),
         Artefact("fig3", "Loss on the plane of two eigenvectors (C1)", _planes("C1")),
         Artefact("fig4", "Loss between original and robust networks (C3)", _interpolated("C3")),
-        Artefact("fig5", "Spectra of sub-sampled Hessians, original and robust (C3)", _robust_spectra("C3")),
+        Artefact("fig5", "Spectra of sub-sampled Hessians, original and robust (C3)", _of_six("C3", _sampled_spectra)),
         Artefact("fig6", "Loss along the dominant eigenvector, by batch size (M1)", _lines("M1")),
         Artefact("fig7", "Loss on the plane of two eigenvectors (M1)", _planes("M1")),
         Artefact("fig8", "Loss along the dominant eigenvector, by batch size (C2)", _lines("C2")),
         Artefact("fig9", "Loss on the plane of two eigenvectors (C2)", _planes("C2")),
         Artefact("fig10", "Loss between original and robust networks (M1)", _interpolated("M1")),
-        Artefact("fig11", "Spectra of sub-sampled Hessians, original and robust (M1)", _robust_spectra("M1")),
-        Artefact("fig12", "Loss along an eigenvector, original and robust (M1)", _robust_lines("M1")),
-        Artefact("fig13", "Loss along an eigenvector, original and robust (C3)", _robust_lines("C3")),
+        Artefact("fig11", "Spectra of sub-sampled Hessians, original and robust (M1)", _of_six("M1", _sampled_spectra)),
+        Artefact("fig12", "Loss along an eigenvector, original and robust (M1)", _of_six("M1", _batch_line)),
+        Artefact("fig13", "Loss along an eigenvector, original and robust (C3)", _of_six("C3", _batch_line)),
         Artefact("control", "Spectra and losses of the originals trained on without an attack (M1, C3)", _controls),
         Artefact("density", "Spectral density of the Hessian against batch size (M1)", _densities),
         Artefact("layers", "Hessian eigenvalues layer by layer, smallest and largest batch (M1)", _layers),

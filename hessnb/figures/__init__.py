@@ -19,11 +19,10 @@ from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy
 from hessnb.figures.style import COLOURS, MARKERS, absent, over_seeds, plain_log_labels, style, titled
 from hessnb.models import layers
-from hessnb.paper.adversarial import accuracy_under, network_name
+from hessnb.paper.adversarial import accuracy_under, network_name, of_first_seed
 from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
 from hessnb.paper.large_batch import attacked, input_gradient, input_lambda1, lambda1
 from hessnb.paper.published import published
-from hessnb.paper.robust_curvature import of_first_seed
 
 
 def _new(

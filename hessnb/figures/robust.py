@@ -28,8 +28,8 @@ from hessnb.figures.style import (
     style,
     titled,
 )
-from hessnb.paper.adversarial import network_name
-from hessnb.paper.robust_curvature import eigenvalues, line, of_first_seed, samples_label, spectra
+from hessnb.paper.adversarial import network_name, of_first_seed
+from hessnb.paper.robust_curvature import eigenvalues, line, samples_label, spectra
 
 # Decades of a log axis to each side of zero.
 _DECADES = 4

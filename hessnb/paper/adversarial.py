@@ -39,6 +39,15 @@ def network_name(spec: RunSpec) -> str:
     return spec.attack.method if spec.attack else CONTROL if spec.parent else ORIGINAL
 
 
+def of_first_seed(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes of the lowest seed of which something was measured, in the order of the paper's networks."""
+    measured = [o.task.spec.recipe.seed for o in outcomes if o.measurements]
+    seed = min(measured, default=0)
+    order = [ORIGINAL, *ATTACKS, CONTROL]
+    chosen = [o for o in outcomes if o.task.spec.recipe.seed == seed]
+    return sorted(chosen, key=lambda o: order.index(network_name(o.task.spec)))
+
+
 def accuracy_under(outcome: Outcome, method: str, *, white_box: bool) -> float | None:
     """Return the accuracy (%) on the test set under an attack made on the network, or on its parent; None: not there.
 

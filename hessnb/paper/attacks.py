@@ -191,8 +191,8 @@ def ways(
     ``ends`` are perturbed samples (N, ...) by attack, ``gradient`` and ``nearest`` the names of the two. The last
     column counts only samples that were right and became wrong: the share whose new class was the second most probable.
     """
-    with inference(model):
-        logits = model(x)
+    with inference(model) as forward:
+        logits = forward(x)
     runner_up = logits.scatter(1, y[:, None], -torch.inf).argmax(1)
     right = logits.argmax(1) == y
     moves = {label: (end - x).flatten(1).double() for label, end in ends.items()}
@@ -239,16 +239,16 @@ def damping_sweep(
     for damping in dampings:
         end = damped_newton(model, x, y, eps=eps, dampings=(damping,), bounds=None)
         accuracies.append(accuracy(model, end, y))
-        with inference(model):
-            losses.append(wrongness(model(end).double(), y))
+        with inference(model) as forward:
+            losses.append(wrongness(forward(end).double(), y))
     chosen = torch.stack(losses).argmax(0)
     return DampingSweep(dampings, accuracies, chosen.bincount(minlength=len(dampings)).tolist())
 
 
 def verdict(model: nn.Module, x: Tensor, classes: Sequence[str]) -> str:
     """Return the most probable class of one sample (1, ...) and its probability."""
-    with inference(model):
-        p = model(x).softmax(1)[0]
+    with inference(model) as forward:
+        p = forward(x).softmax(1)[0]
     return f"{classes[int(p.argmax())]} ({p.max():.1%})"
 
 

@@ -182,7 +182,7 @@ def strong(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, cap
     methods = dict.fromkeys(m.attack.method for m in attacks)
     rows = []
     for source, outcomes in (("live", live), (recorded_as(record), record)):
-        names = {network_name(o.task.spec): None for o in outcomes}
+        names = dict.fromkeys(network_name(o.task.spec) for o in outcomes)
         for eps, network in product(dict.fromkeys(m.attack.eps for m in attacks), names):
             runs = [o for o in outcomes if network_name(o.task.spec) == network]
             cells = [_under(runs, m) for m in _attacks(runs) if m.attack.eps == eps]

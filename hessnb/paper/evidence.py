@@ -247,8 +247,9 @@ def _means(
 
     def part(name: str, of: pd.Series[float], numbers: list[float], needed: str) -> Part:
         told = "; ".join(f"{value:.3g}" if math.isfinite(value) else "not positive" for value in of)
-        found = average(numbers) if np.isfinite(of).all() else None
-        lacks = needed if np.isfinite(of).all() else "positive numbers in all of them"
+        found, lacks = (
+            (average(numbers), needed) if np.isfinite(of).all() else (None, "positive numbers in all of them")
+        )
         return _part(network, name, rows, of.index, len(numbers), found, told, lacks)
 
     of_seeds = {seed: of_seed for seed, of_seed in known.groupby(seeds) if len(of_seed) >= 3}

@@ -129,8 +129,8 @@ def second_differences(
 
 def sample_losses(model: nn.Module, split: Split) -> Tensor:
     """Return the cross-entropy (N,) of each sample of a split, in eval mode, float64."""
-    with inference(model):
-        parts = [F.cross_entropy(model(x).double(), y, reduction="none") for x, y in split.batches(EVALUATION_BATCH)]
+    with inference(model) as forward:
+        parts = [F.cross_entropy(forward(x).double(), y, reduction="none") for x, y in split.batches(EVALUATION_BATCH)]
     return torch.cat(parts)
 
 

@@ -18,6 +18,8 @@ from hessnb.paper.recorded import Recorded, papers_own, profiles
 from hessnb.paper.tables import NOT_MEASURED, PROFILE, TOO_FEW, Table, mean_and_spread
 from hessnb.statistics import spearman, spearman_within
 
+_SETS: dict[SplitName, str] = {"train": "training", "test": "test"}
+
 # Title, values, the paper's column if it has one, and how a value is written.
 Columns = Sequence["tuple[str, Column, str | None, str]"]
 # From the runs of one network and batch size to their values on a split.
@@ -81,18 +83,23 @@ def iterated(outcomes: Sequence[Outcome], eps: float, *, name: str, caption: str
     return Table(name, caption, header, tuple(rows), origins(outcomes))
 
 
+def _measures() -> dict[str, Column]:
+    """Return the measures that may go with robustness, by title."""
+    return {"λ₁": lambda1, "λ₁ˣ": input_lambda1, "‖∇ₓJ‖": input_gradient}
+
+
 def correlations(outcomes: Sequence[Outcome], eps: float, *, name: str, caption: str) -> Table:
     """Return Spearman's rank correlation of accuracy under FGSM with each measure of curvature, by network and split.
 
     One point a trained network, with 95 % intervals (see `hessnb.statistics.spearman`).
     """
-    measures = {"λ₁": lambda1, "λ₁ˣ": input_lambda1, "‖∇ₓJ‖": input_gradient}
+    measures = _measures()
     rows = []
     for network in dict.fromkeys(o.task.spec.model.name for o in outcomes):
         runs = [o for o in outcomes if o.task.spec.model.name == network]
         for split in SPLITS:
             cells = [_correlation(runs, measure, attacked(eps), split) for measure in measures.values()]
-            rows.append((network, "training" if split == "train" else "test", str(len(runs)), *cells))
+            rows.append((network, _SETS[split], str(len(runs)), *cells))
     return Table(name, caption, ("Network", "Set", "n", *measures), tuple(rows))
 
 
@@ -101,7 +108,7 @@ def correlations_within(outcomes: Sequence[Outcome], eps: float, *, name: str, c
 
     The mean over the batch sizes with three seeds or more, and its exact p-value (`hessnb.statistics.spearman_within`).
     """
-    measures = {"λ₁": lambda1, "λ₁ˣ": input_lambda1, "‖∇ₓJ‖": input_gradient}
+    measures = _measures()
     kinds: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         if outcome.measurements:
@@ -113,13 +120,13 @@ def correlations_within(outcomes: Sequence[Outcome], eps: float, *, name: str, c
         for split in SPLITS:
             pairs = ([_pairs(runs, measure, attacked(eps), split) for runs in groups] for measure in measures.values())
             cells = [_chance([group for group in each if len(group[0]) >= 3]) for each in pairs]
-            rows.append((network, "training" if split == "train" else "test", told, *cells))
+            rows.append((network, _SETS[split], told, *cells))
     return Table(name, caption, ("Network", "Set", "n", *measures), tuple(rows))
 
 
 def _chance(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
     found = spearman_within(groups)
-    return TOO_FEW if found is None else f"{found[0]:.2f} (p = {found[1]:.2g})".replace("-", "−")
+    return TOO_FEW if found is None else f"{found[0]:.2f} (p = {found[1]:.2g})"
 
 
 def published_correlations(table: str, eps: float, *, name: str, caption: str) -> Table:
@@ -132,7 +139,7 @@ def published_correlations(table: str, eps: float, *, name: str, caption: str) -
         for split in SPLITS:
             robust = part[f"adversarial_{eps:g}_{split}"].tolist()
             cells = [_shown(part[f"{measure}_{split}"].tolist(), robust) for measure in measures.values()]
-            rows.append((network, "training" if split == "train" else "test", str(len(part)), *cells))
+            rows.append((network, _SETS[split], str(len(part)), *cells))
     return Table(name, caption, ("Network", "Set", "n", *measures), tuple(rows))
 
 

@@ -76,15 +76,6 @@ def _shared(control: Task, outcomes: Sequence[Outcome]) -> Task | None:
     return Task(control.spec, tuple(m for m in control.measures if m in wanted)) if wanted else None
 
 
-def of_first_seed(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return the outcomes of the lowest seed of which something was measured, in the order of the paper's networks."""
-    measured = [o.task.spec.recipe.seed for o in outcomes if o.measurements]
-    seed = min(measured, default=0)
-    order = [ORIGINAL, *ATTACKS, CONTROL]
-    chosen = [o for o in outcomes if o.task.spec.recipe.seed == seed]
-    return sorted(chosen, key=lambda o: order.index(network_name(o.task.spec)))
-
-
 # -- spectra ---------------------------------------------------------------------------------------------------------
 
 

@@ -100,9 +100,8 @@ def attack_explorer(
 
 def _probabilities(model: nn.Module, x: Tensor) -> Tensor:
     """Return the class probabilities (N, c), float64 on the CPU."""
-    with inference(model):
-        logits: Tensor = model(x)
-        return logits.double().softmax(1).cpu()
+    with inference(model) as forward:
+        return forward(x).double().softmax(1).cpu()
 
 
 def _verdict(probabilities: Tensor, labels: Sequence[str]) -> str:
