@@ -146,6 +146,24 @@ def test_accuracies_are_of_the_attack_on_the_network_itself() -> None:
     assert attacks.under([other], "PGD") == []
 
 
+def test_same_mistakes_counts_wrong_classes_of_samples_that_were_right() -> None:
+    class Brightest(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)
+
+    def seen(*classes: int) -> Tensor:
+        return torch.eye(4)[list(classes)].view(-1, 1, 2, 2)
+
+    y = torch.tensor([0, 1, 2, 3, 0])
+    ends = {"A": seen(1, 2, 2, 3, 2), "B": seen(1, 3, 3, 0, 2), "C": seen(0, 1, 2, 3, 1)}
+    table = attacks.same_mistakes(Brightest(), seen(0, 1, 2, 3, 1), y, ends, name="tab-x", caption="a caption")
+    assert table.header == ("Attack", "makes wrong", "A", "B", "C")
+    assert column(table.rows, 1) == ["2", "4", "0"]  # the last sample was wrong before
+    shares = [[cell.split(" (")[0] for cell in row[2:]] for row in table.rows]
+    assert shares == [["–", "50", "0"], ["25", "–", "0"], ["–", "–", "–"]]
+    assert table.rows[0][3] == "50 (9 to 91)"  # Wilson's interval for one of two
+
+
 def test_per_sample_shows_steps_only_where_something_was_iterated(
     network: nn.Module, samples: tuple[Tensor, Tensor]
 ) -> None:

@@ -27,7 +27,7 @@ from hessnb.paper.origins import origins
 from hessnb.paper.published import published
 from hessnb.paper.recorded import from_record, papers_own, recorded_as
 from hessnb.paper.tables import Table, mean_and_spread
-from hessnb.robustness import accuracy, predictions
+from hessnb.robustness import accuracy, agreement, predictions
 from hessnb.statistics import Interval, proportion
 
 # Where the paper has the original networks under attack: its table by network.
@@ -175,6 +175,27 @@ def per_sample(records: Mapping[str, Perturbation], *, name: str, caption: str) 
     return Table(name, caption, header, tuple(rows))
 
 
+def same_mistakes(
+    model: nn.Module, x: Tensor, y: Tensor, ends: Mapping[str, Tensor], *, name: str, caption: str
+) -> Table:
+    """Return whether attacks that lead samples x (N, ...) to ``ends`` make the same ones wrong, and in the same way.
+
+    Each row is about the samples that were right and that its attack makes wrong; the cells say how many of them (%)
+    the column's attack takes to the same wrong class.
+    """
+    right = predictions(model, x) == y
+    found = {label: predictions(model, end) for label, end in ends.items()}
+    rows = []
+    for label, classes in found.items():
+        fooled = right & (classes != y)
+        cells = [
+            _percent(agreement(classes[fooled], others[fooled]), digits=0) if other != label and fooled.any() else "–"
+            for other, others in found.items()
+        ]
+        rows.append((label, str(int(fooled.sum())), *cells))
+    return Table(name, caption, ("Attack", "makes wrong", *found), tuple(rows))
+
+
 def ways(
     model: nn.Module,
     x: Tensor,
@@ -294,8 +315,9 @@ def _difference(network: str, method: str, record: Sequence[Outcome], settings: 
     return (f"{statistics.mean(found) - float(_published(network, method)):+.1f}".replace("-", "−"),)
 
 
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval.value:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+def _percent(interval: Interval, digits: int = 1) -> str:
+    value, low, high = (f"{100 * share:.{digits}f}" for share in (interval.value, interval.low, interval.high))
+    return f"{value} ({low} to {high})"
 
 
 def identities(model: nn.Module, x: Tensor, y: Tensor, *, name: str, caption: str) -> Table:
