@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from hessnb.attacks import ATTACKS, Perturbation
@@ -17,9 +22,21 @@ from hessnb.data import Splits
 from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy
-from hessnb.figures.style import COLOURS, MARKERS, absent, over_seeds, plain_log_labels, style, titled
+from hessnb.figures.style import (
+    COLOURS,
+    MARKERS,
+    absent,
+    grid,
+    legend,
+    name_axes,
+    over_seeds,
+    plain_log_labels,
+    style,
+    titled,
+)
 from hessnb.models import layers
 from hessnb.paper.adversarial import accuracy_under, network_name, of_first_seed
+from hessnb.paper.attack_planes import AttackPlane
 from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
 from hessnb.paper.large_batch import attacked, input_gradient, input_lambda1, lambda1
 from hessnb.paper.published import published
@@ -354,6 +371,55 @@ def relative_spectra(eigenvalues: Mapping[str, Tensor]) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(fontsize=10)
     return figure
+
+
+def attack_planes(
+    planes: Mapping[str, AttackPlane], steps: tuple[str, str], classes: Mapping[str, Sequence[str]]
+) -> Figure:
+    """Show planes that two attacks span, a panel each: the class that the network gives, the loss, and both steps.
+
+    ``classes`` names those of each panel. Neighbouring lines of equal loss are a decade apart.
+    """
+    with style():
+        figure, axes = grid(len(planes), height=2.4)
+        handles: dict[str, Line2D] = {}
+        for axis, (title, plane) in zip(axes, planes.items(), strict=False):
+            places = plane.positions.numpy()
+            right = (plane.classes == plane.true).T.double().numpy()
+            axis.contourf(places, places, right, levels=[-0.5, 0.5, 1.5], colors=["#F7DDB0", "#CFE4F1"])
+            heights = plane.losses.clamp_min(torch.finfo(torch.float64).tiny).log10().T.numpy()
+            levels = range(math.floor(heights.min()), math.ceil(heights.max()) + 1)
+            axis.contour(places, places, heights, levels=levels, colors="0.45", linestyles="-", linewidths=0.8)
+            axis.add_patch(Circle((0, 0), 1, fill=False, linestyle=":"))
+            arrow = {"arrowstyle": "->", "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
+            for i, (u, v) in enumerate(plane.ends.tolist()):
+                colour = COLOURS[(0, 5)[i]]
+                axis.annotate("", (u, v), (0, 0), arrowprops=arrow | {"color": colour})
+                handles[steps[i]] = Line2D([], [], color=colour)
+            for found in plane.classes.unique().tolist():
+                region = plane.classes == found
+                if float(region.double().mean()) >= _NAMED:
+                    u, v = _roomiest(region, plane)
+                    axis.text(u, v, classes[title][found], fontsize=9, ha="center", va="center", color="0.2")
+            axis.set(title=title, aspect="equal")
+            axis.grid(visible=False)
+        legend(figure, handles, columns=2)
+        name_axes(figure, f"along {steps[0]}, in step lengths", "across it")
+    return figure
+
+
+# Classes on a smaller share of the plane stay without a name.
+_NAMED = 0.03
+
+
+def _roomiest(region: Tensor, plane: AttackPlane) -> tuple[float, float]:
+    """Return the place in a region (n, n) that is the farthest from its border and from the steps."""
+    free = np.pad(region.numpy(), 1)
+    for share in np.linspace(0, 1, 2 * len(plane.positions)):
+        nearest = (share * plane.ends[:, :, None] - plane.positions).abs().argmin(2) + 1
+        free[nearest[:, 0], nearest[:, 1]] = False
+    i, j = np.unravel_index(distance_transform_edt(free).argmax(), free.shape)
+    return float(plane.positions[i - 1]), float(plane.positions[j - 1])
 
 
 def dampings(sweeps: Mapping[str, DampingSweep]) -> Figure:
