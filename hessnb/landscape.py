@@ -6,9 +6,10 @@ once to the network's precision; TF32 is off. The work is done on a copy: the mo
 buffers, ``.grad`` and modes, and no global random state is used.
 
 With ``keep`` every finished point is a line of a text file, and a rerun computes only the points that are not in it.
-The first line holds a SHA-256 of all that determines a point: networks, directions, data and their batches, and the
-name of the loss function; what that function closes over is not seen, so give each variant a file of its own. The
-positions are not part of it: a finer grid finds the points of a coarser one. One process at a time writes to a file.
+The first line holds a SHA-256 of all that determines a point: networks with the settings of their layers, directions,
+data and their batches, and the name of the loss function; what that function closes over is not seen, so give each
+variant a file of its own. The positions are not part of it: a finer grid finds the points of a coarser one. One process
+at a time writes to a file.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hessnb.curvature.checks import is_mean, varied
+from hessnb.curvature.checks import independent_samples, is_mean, varied
 from hessnb.errors import InputError, unknown
 from hessnb.points import Point, PointFile, Values, digest
 from hessnb.precision import full_precision
@@ -126,7 +127,8 @@ def between(
     """
     if batch_norm not in ("interpolate", "estimate"):
         raise unknown("batch_norm", batch_norm, ["interpolate", "estimate"])
-    batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in statistics or []]
+    given = () if statistics is None else statistics
+    batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in given]
     if (batch_norm == "estimate") != any(map(len, batches)):
         raise InputError(
             f"batch_norm = {batch_norm!r} with {len(batches)} batches of statistics: give 'estimate' and batches of "
@@ -236,6 +238,8 @@ def _survey(
     with torch.no_grad(), full_precision():
         for done, point in enumerate(missing, total - len(missing) + 1):
             move(*point)
+            if point == missing[0]:
+                _check_samples(network, data)
             values[point] = _evaluate(network, loss_fn, data)
             if point == missing[0]:
                 _check_means(network, loss_fn, data)
@@ -307,6 +311,15 @@ def _evaluate(network: nn.Module, loss_fn: LossFunction, data: dict[str, _Set]) 
     return {name: (loss, accuracy) for name, (loss, accuracy) in zip(data, torch.stack(means).tolist(), strict=True)}
 
 
+def _check_samples(network: nn.Module, data: dict[str, _Set]) -> None:
+    """Raise InputError for a network that is random, or whose samples depend on the others in their batch."""
+    device = _weight(network).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for part in data.values():
+            x, _ = varied(part.batches)
+            independent_samples(network, lambda x: network(x.clone()), x)
+
+
 def _check_means(network: nn.Module, loss_fn: LossFunction, data: dict[str, _Set]) -> None:
     """Raise InputError for a loss that is not a batch mean, of which no mean over all samples can be made."""
     for part in data.values():
@@ -347,8 +360,14 @@ def _estimate_statistics(network: nn.Module, batches: list[Tensor]) -> None:
 
 
 def _identity(model: nn.Module) -> list[object]:
-    """Return what makes a network what it is: the text of its layers, and its parameters and buffers with names."""
-    return [repr(model), *itertools.chain.from_iterable(_tensors(model).items())]
+    """Return what makes a network what it is: its layers, their settings, and parameters and buffers with names."""
+    settings = [
+        f"{place}.{name} = {value!r}"
+        for place, module in model.named_modules()
+        for name, value in sorted(vars(module).items())
+        if name != "training" and isinstance(value, bool | int | float | str | tuple)
+    ]
+    return [repr(model), *settings, *itertools.chain.from_iterable(_tensors(model).items())]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -129,6 +129,10 @@ class Normalise(nn.Module):
         super().__init__()
         self.mean, self.deviation = mean, deviation
 
+    def extra_repr(self) -> str:
+        """Return what the text of a network says of this layer."""
+        return f"mean={self.mean:g}, deviation={self.deviation:g}"
+
     def forward(self, x: Tensor) -> Tensor:
         """Return (x - mean) / deviation, for x (N, C, H, W)."""
         return (x - self.mean) / self.deviation

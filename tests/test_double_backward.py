@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -510,3 +511,10 @@ def test_the_mode_is_off_outside_and_after_an_error_and_gradients_may_be_taken_i
     with pytest.raises(RuntimeError), cheap_double_backward():
         F.conv2d(x, x[:, :, :0])
     assert not is_cheap(F.relu(x))
+
+
+def test_pooling_takes_sizes_of_numpy() -> None:
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with cheap_double_backward():
+        found = nn.MaxPool2d(np.int64(2))(x)  # type: ignore[arg-type]
+    assert torch.equal(found, F.max_pool2d(x, 2))

@@ -553,6 +553,70 @@ def test_iteration_keeps_the_curvature_of_confident_samples(gap: float) -> None:
         assert ((found - expected).abs() <= 1e-6 * expected[:, :1]).all()
 
 
+@pytest.mark.parametrize("gap", [5.0, 20.0, 40.0, 60.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_smooth_networks_keep_the_curvature_of_confident_samples(gap: float, dtype: torch.dtype) -> None:
+    x, y = normal(4, 5), torch.zeros(4, dtype=torch.int64)
+    last = nn.Linear(16, 3)
+    smooth = seeded(lambda: nn.Sequential(nn.Linear(5, 16), nn.Tanh(), last))
+    with torch.no_grad():
+        last.bias.add_(torch.tensor([gap, 0.0, 0.0]))
+
+    def loss(point: Tensor) -> Tensor:  # of class 0, by the differences: nothing cancels
+        logits: Tensor = smooth(point[None])[0]
+        return (logits[1:] - logits[0]).exp().sum().log1p()
+
+    expected = torch.stack([torch.autograd.functional.hessian(loss, point) for point in x])
+    scale = torch.linalg.matrix_norm(expected)[:, None, None]
+    found = input_hessian(smooth.to(dtype), x.to(dtype), y).double()
+    assert ((found - expected) / scale).abs().max() <= 50 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
+def test_no_unit_of_the_inputs_makes_a_smooth_network_piecewise_linear(unit: float) -> None:
+    for activation, straight in (nn.Tanh(), False), (nn.ReLU(), True):
+        first = nn.Linear(5, 16)
+        model = nn.Sequential(first, activation, nn.Linear(16, 3)).double()
+        with torch.no_grad():
+            first.weight /= unit
+        assert is_piecewise_linear(model, unit * normal(7, 5)) == straight
+
+
+@pytest.mark.parametrize("unit", [1e-20, 1e20])
+def test_float32_closed_forms_keep_curvature_whose_square_leaves_its_range(unit: float) -> None:
+    last = nn.Linear(64, 4)
+    model = nn.Sequential(nn.Flatten(), last).double()
+    x, _ = samples(3)
+    expected = input_hessian_eigenvalues(model, x, k=1, method="closed_form")
+    with torch.no_grad():
+        last.weight *= unit
+    found = input_hessian_eigenvalues(model.float(), x.float() / unit, k=1, method="closed_form")
+    torch.testing.assert_close(found / unit**2, expected, rtol=1e-4, atol=0.0)
+
+
+def test_gradients_whose_squares_underflow_keep_their_norms() -> None:
+    x, _ = samples(3)
+    y = torch.zeros(3, dtype=torch.int64)
+    weight = normal(4, 64)
+    last = nn.Linear(64, 4)
+    model = nn.Sequential(nn.Flatten(), last).double()
+    with torch.no_grad():
+        last.weight.copy_(weight)
+        last.bias.copy_(torch.tensor([400.0, 0.0, 0.0, 0.0]))
+    others = (model(x)[:, 1:] - model(x)[:, :1]).exp().detach()  # p_y is one to rounding
+    expected = torch.stack([1e150 * torch.linalg.vector_norm(1e150 * p @ (weight[1:] - weight[0])) for p in others])
+    torch.testing.assert_close(1e300 * input_gradient_norms(model, x, y), expected, rtol=1e-10, atol=0.0)
+
+
+def test_train_mode_of_the_dense_hessian_leaves_dropout_off() -> None:
+    x, y = samples(8)
+    layers = [nn.Flatten(), nn.Linear(64, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.5), nn.Linear(9, 4)]
+    model = seeded(lambda: nn.Sequential(*layers))
+    without = nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.Dropout)))
+    found = [input_hessian(network, x, y, train_mode=True) for network in (model, without)]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
 def has_cheap_layers(logits: Tensor) -> bool:
     """Return whether the graph of the logits goes through layers that are cheap to differentiate again."""
     seen, left = set[Any](), [logits.grad_fn]

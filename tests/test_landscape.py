@@ -655,3 +655,56 @@ def test_bad_input_to_between(case: str) -> None:
     }
     with pytest.raises(InputError, match=message):
         between(**{**good, **change})
+
+
+class Shift(nn.Module):
+    """Has a setting that is neither in its text nor a tensor."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by
+
+
+def test_a_file_of_points_belongs_to_the_settings_of_the_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    last = nn.Linear(3, 2)
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    direction = torch.ones(8)
+    along(nn.Sequential(Shift(0.0), last), F.cross_entropy, {"all": [(x, y)]}, direction, [0.0], keep=tmp_path / "a")
+    with pytest.raises(InputError, match="other"):
+        along(
+            nn.Sequential(Shift(1.0), last), F.cross_entropy, {"all": [(x, y)]}, direction, [0.0], keep=tmp_path / "a"
+        )
+
+
+class AlwaysDropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [(AlwaysDropping(), "random in eval mode"), (nn.BatchNorm1d(6, track_running_stats=False), "batch statistics")],
+)
+def test_networks_that_are_no_function_of_each_sample_are_refused(layer: nn.Module, told: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 6), layer, nn.Linear(6, 2))
+    pairs = [(torch.randn(8, 3), torch.tensor([0, 1] * 4))]
+    state = torch.get_rng_state()
+    with pytest.raises(InputError, match=told):
+        along(model, F.cross_entropy, {"all": pairs}, torch.ones(sum(p.numel() for p in model.parameters())), [0.0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_statistics_may_be_any_iterable_of_batches() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    x, y = torch.randn(8, 3), torch.tensor([0, 1] * 4)
+    losses = [
+        between(model, model, F.cross_entropy, {"a": [(x, y)]}, [0.0], batch_norm="estimate", statistics=given).losses[
+            "a"
+        ]
+        for given in ([x[:4], x[4:]], torch.stack([x[:4], x[4:]]), iter([x[:4], x[4:]]))
+    ]
+    assert losses[0] == losses[1] == losses[2]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, Checkpointed, LossFunction, batches, dense_ggn, dense_hessian, network, samples
+from networks import NETWORKS, Checkpointed, InPlace, LossFunction, batches, dense_ggn, dense_hessian, network, samples
 from scipy.sparse.linalg import aslinearoperator, cg, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -1273,3 +1273,31 @@ def test_no_name_is_refused_and_one_name_needs_no_list() -> None:
     make = cache(lambda names: HessianOperator(network(), F.cross_entropy, [samples()], parameters=names))
     refused(lambda: make(()), "parameters = []", "at least one parameter or module")
     assert make("5.bias").names == ("5.bias",)
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+@pytest.mark.parametrize("make", [HessianOperator, GGNOperator])
+def test_networks_that_write_on_their_input_get_a_copy(make: type[HessianOperator], shift: float) -> None:
+    x, y = samples()
+    x = x + shift
+    given = x.clone()
+    for first in (InPlace(), nn.ReLU(inplace=True)):
+        plain = network("wide")
+        model = nn.Sequential(first, plain)
+        operator = make(model, F.cross_entropy, batches(x, y, 7))
+        inputs = first(given.clone())
+        expected = make(plain, F.cross_entropy, batches(inputs, y, 7))
+        v = torch.randn(operator.shape[0], dtype=torch.float64)
+        torch.testing.assert_close(operator @ v, expected @ v, rtol=1e-12, atol=1e-14)
+        assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-50, 1e50, 1e200])
+def test_products_in_float32_take_vectors_of_any_length(scale: float) -> None:
+    x, y = samples()
+    operator = HessianOperator(network("wide").float(), F.cross_entropy, batches(x.float(), y, 7))
+    block = torch.randn(operator.shape[0], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    block[:, 1] = 0.0
+    torch.testing.assert_close(operator @ (scale * block) / scale, operator @ block, rtol=1e-4, atol=1e-5)
+    power = 2.0**-600  # exact
+    assert torch.equal(operator @ (power * block) / power, operator @ block)

@@ -23,7 +23,8 @@ from hessnb.curvature import checks
 from hessnb.curvature.evaluation import PROBES, differentiable, evaluation, in_chunks
 from hessnb.errors import InputError
 
-# A network counts as piecewise linear when its gradient changes, along a random unit direction, by at most this share.
+# A network counts as piecewise linear when its gradient changes, along a random direction as long as the sample, or one
+# where that is shorter, by at most this share.
 _STRAIGHT = 1e-6
 
 
@@ -126,7 +127,8 @@ def closed_form(leaf: Tensor, logits: Tensor) -> ClosedForm:
     share = q / (1 + reference.sqrt())[:, None]
     eye = torch.eye(classes - 1, dtype=q.dtype, device=q.device)
     factor = q[:, :, None] * (eye - q[:, :, None] * share[:, None, :])
-    gram = (rows @ rows.mT).double()
+    wide = rows.double()  # squares of what float32 holds may leave its range
+    gram = wide @ wide.mT
     checks.finite_gradients(gram)
     return ClosedForm(rows, factor, gram, order, reference, others)
 
@@ -141,14 +143,14 @@ def require_piecewise_linear(model: nn.Module, x: Tensor, *, remedy: str) -> Non
     bend = _bend(model, x)
     if bend > _STRAIGHT:
         raise InputError(
-            f"the closed form needs logits that are piecewise linear in the input; along a random direction of length "
-            f"one their gradient changes by {bend:.1e} of itself. Look for smooth activations or normalisation by the "
-            f"sample's own statistics, or use {remedy}"
+            f"the closed form needs logits that are piecewise linear in the input; along a random direction as long "
+            f"as a sample their gradient changes by {bend:.1e} of itself. Look for smooth activations or normalisation "
+            f"by the sample's own statistics, or use {remedy}"
         )
 
 
 def _bend(model: nn.Module, x: Tensor) -> float:
-    """Return by which share the gradient of the logits changes along a random direction of length one."""
+    """Return by which share the gradient of the logits changes along a random direction, in no units of the inputs."""
     generator = torch.Generator().manual_seed(0)
     some = x.detach()[:: max(1, len(x) // PROBES)][:PROBES]
     with evaluation(model):
@@ -158,7 +160,9 @@ def _bend(model: nn.Module, x: Tensor) -> float:
         if not slope.requires_grad:
             return 0.0
         direction = torch.randn(leaf.shape, dtype=leaf.dtype, generator=generator).to(leaf)
-        direction = direction / torch.linalg.vector_norm(direction.flatten(1), dim=1).view(-1, *[1] * (x.ndim - 1))
+        length = torch.linalg.vector_norm(some.flatten(1), dim=1).clamp_min(1.0)
+        length = length / torch.linalg.vector_norm(direction.flatten(1), dim=1)
+        direction = direction * length.view(-1, *[1] * (x.ndim - 1))
         (change,) = torch.autograd.grad(slope, leaf, direction, materialize_grads=True)
     sizes = [torch.linalg.vector_norm(t.detach().flatten(1), dim=1) for t in (change, slope)]
     return float((sizes[0] / sizes[1].clamp_min(torch.finfo(x.dtype).tiny)).max())

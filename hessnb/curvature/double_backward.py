@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -164,7 +165,8 @@ def _pool(
 ) -> Any:
     if return_indices:
         return NotImplemented
-    sizes = (kernel_size, stride if stride is not None and stride != [] else kernel_size, padding, dilation)
+    unset = stride is None or (isinstance(stride, list | tuple) and not stride)
+    sizes = (kernel_size, kernel_size if unset else stride, padding, dilation)
     return _apply(_MaxPool, input, (*(_tuple(size, 2) for size in sizes), ceil_mode))
 
 
@@ -253,4 +255,4 @@ def suits(cheap: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
 
 
 def _tuple(size: Any, dims: int) -> tuple[int, ...]:
-    return (size,) * dims if isinstance(size, int) else tuple(size) * (dims if len(size) == 1 else 1)
+    return (int(size),) * dims if isinstance(size, Integral) else tuple(size) * (dims if len(size) == 1 else 1)

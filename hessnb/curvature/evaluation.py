@@ -106,7 +106,9 @@ def cross_entropy_in_differences(logits: Tensor, y: Tensor) -> Tensor:
     others = (top + torch.arange(1, logits.shape[1], device=logits.device)) % logits.shape[1]
     best = logits.gather(1, top)
     excess = (logits.gather(1, others) - best).exp().sum(1).log1p()
-    return (best - logits.gather(1, y[:, None])).sum() + excess.sum()
+    # Where y is the top, one plus and one minus one would swallow the small probabilities in the gradient of its logit.
+    behind = torch.where(y[:, None] == top, 0.0, best - logits.gather(1, y[:, None]))
+    return behind.sum() + excess.sum()
 
 
 def check_samples(model: nn.Module, x: Tensor, y: Tensor | None, probes: int = PROBES) -> None:

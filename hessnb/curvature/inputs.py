@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessnb.curvature import checks
 from hessnb.curvature.closed_form import closed_forms, piecewise_linear, require_piecewise_linear
@@ -82,7 +83,9 @@ def input_gradient_norms(model: nn.Module, x: Tensor, y: Tensor, *, memory: int 
             # p_y - 1 is minus the sum of the others, which does not cancel.
             slope.scatter_(1, own, 0.0)
             slope.scatter_(1, own, -slope.sum(1, keepdim=True))
-            length = torch.linalg.vector_norm(slope, dim=1)
+            # By the largest entry first, whose square may underflow.
+            largest = slope.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+            length = largest[:, 0] * torch.linalg.vector_norm(slope / largest, dim=1)
             direction = (slope / length.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).to(logits.dtype)
             (pulled,) = torch.autograd.grad(logits, leaf, direction, materialize_grads=True)
             norms.append(length * torch.linalg.vector_norm(pulled.double().flatten(1), dim=1))
@@ -184,7 +187,8 @@ def input_hessian(model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool = 
     with evaluation(model):
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         if train_mode:
-            model.train()
+            for module in model.modules():
+                module.train(isinstance(module, _BatchNorm))
         # In the memory layout of the closed form: other kernels round otherwise, and take the other side of a kink.
         leaf, logits = differentiable(lambda inputs: torch.func.functional_call(model, buffers, (inputs,)), x)
         loss = cross_entropy_in_differences(logits, y)

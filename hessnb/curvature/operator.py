@@ -67,6 +67,7 @@ class CurvatureOperator(ABC):
         n = sum(p.numel() for p in self._parameters)
         self.shape = (n, n)
         self.n_matvecs = 0
+        self._in_place = False
 
         # Reading the data and trying out the model may draw random numbers; nobody else shall notice.
         with self._evaluation(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -76,6 +77,7 @@ class CurvatureOperator(ABC):
             self._noted = checks.note(model, pairs)
             checks.data(pairs, self.device, self.dtype)
             with torch.no_grad():
+                self._in_place = self._works_in_place(pairs[0][0][:1])
                 checks.labels(self._forward(pairs[0][0][:1]), pairs)
             for x, y in (pairs[0], checks.varied(pairs)):
                 checks.model_and_loss(model, self._forward, loss_fn, x, y)
@@ -132,7 +134,10 @@ class CurvatureOperator(ABC):
         """Return the products with the columns of (n, k) in float64."""
         checks.unchanged(self._model, self._noted)
         with self._evaluation():
-            vectors = [self._split(v) for v in block.detach().to(self.device, self.dtype, copy=True).unbind(1)]
+            # Scaled by powers of two, which is exact, since float32 does not hold what float64 does.
+            block = block.detach().to(self.device, torch.float64)
+            scale = torch.exp2(torch.frexp(block.abs().amax(0)).exponent.double())
+            vectors = [self._split(v) for v in (block / scale).to(self.dtype).unbind(1)]
             total = torch.zeros(len(vectors), self.shape[0], dtype=torch.float64, device=self.device)
             for batch in self._batches:
                 linearisation = batch.kept or self._linearise(batch.x, batch.y)
@@ -141,7 +146,7 @@ class CurvatureOperator(ABC):
                     for sum_of_part, part in zip(self._split(total[j]), linearisation(v, again), strict=True):
                         sum_of_part.add_(part, alpha=batch.weight)
         self.n_matvecs += len(vectors)
-        return total.T
+        return total.T * scale
 
     # -- graphs ---------------------------------------------------------------------------------------------------
 
@@ -182,9 +187,18 @@ class CurvatureOperator(ABC):
         return suits(lambda: product(True), lambda: product(False))
 
     def _forward(self, x: Tensor) -> Tensor:
+        if self._in_place:
+            x = x.clone()
         if self._constants:
             return torch.func.functional_call(self._model, self._constants, (x,))  # type: ignore[no-any-return]
         return self._model(x)  # type: ignore[no-any-return]
+
+    def _works_in_place(self, x: Tensor) -> bool:
+        """Return whether the model writes on its input, so that it needs a copy."""
+        x = x.clone()
+        version = x._version
+        self._forward(x)
+        return x._version != version
 
     def _loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         loss = self._loss_fn(outputs, y)
@@ -254,9 +268,10 @@ class CurvatureOperator(ABC):
 class HessianOperator(CurvatureOperator):
     """The Hessian of the mean loss over all samples of ``batches``, with respect to the trainable parameters.
 
-    ``batches`` is an iterable of (x, y), read once and held; ``loss_fn(model(x), y)`` is a batch mean, so batches are
-    weighted by their size and a ragged last one is exact. The model is evaluated in eval mode. ``parameters`` restricts
-    it to a diagonal block: names of parameters, or of modules, which stand for all parameters below them.
+    ``batches`` is an iterable of (x, y), read twice, to see that it stays the same, and held; ``loss_fn(model(x), y)``
+    is a batch mean, so batches are weighted by their size and a ragged last one is exact. The model is evaluated in
+    eval mode. ``parameters`` restricts it to a diagonal block: names of parameters, or of modules, which stand for all
+    parameters below them.
     ``samples`` restricts the data to the samples with these indices, counted through the batches, with repetitions.
     ``graph_memory`` bounds the bytes of kept graphs and of what a product needs beside them (default: half of the free
     memory; 0 keeps none; what one minibatch needs is always taken).
