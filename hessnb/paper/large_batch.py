@@ -126,7 +126,7 @@ def correlations_within(outcomes: Sequence[Outcome], eps: float, *, name: str, c
 
 def _chance(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
     found = spearman_within(groups)
-    return TOO_FEW if found is None else f"{found[0]:.2f} (p = {found[1]:.2g})"
+    return TOO_FEW if found is None else f"{found[0]:.2f}".replace("-", "−") + f" (p = {found[1]:.2g})"
 
 
 def published_correlations(table: str, eps: float, *, name: str, caption: str) -> Table:
