@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,7 +201,8 @@ def record_command(
     for line in published.refused:
         _say(f"left out {line}")
     _say(f"{len(published.changed)} file(s) changed in {folder}")
-    if folder == record.record_root():
+    root = record.record_root()
+    if root and folder.resolve() == root.resolve():
         from hessnb.figures import cover  # matplotlib takes a second, and is needed here alone
 
         if drawn := cover.publish(folder):
@@ -230,6 +232,11 @@ def book_command(
     from hessnb import book  # papermill and Sphinx are needed for this command alone
 
     data.check_device(device)
+    # Kernels run in the notebooks' folder.
+    profile = str(Path(profile).resolve()) if profile.endswith(".toml") else profile
+    for variable in ("HESSNB_STORE", "HESSNB_DATA"):
+        if place := os.environ.get(variable):
+            os.environ[variable] = str(Path(place).resolve())
     parameters = book.Parameters(profile, seeds, device, str(store.resolve()) if store else None)
     page = book.build(_project(), parameters, chapters=chapters, executed=executed, say=_say)
     _say(f"the book: {page}")
@@ -347,7 +354,7 @@ def _bytes(text: str) -> int:
     """Return the bytes that a size like 15MB stands for."""
     units = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
     number, unit = text.strip()[:-2], text.strip()[-2:].lower()
-    if unit not in units or not number.strip().isdigit():
+    if unit not in units or not number.strip().isdecimal():
         raise InputError(f"size {text!r} cannot be read: write it like 900kB, 15MB or 1GB")
     return int(number) * units[unit]
 

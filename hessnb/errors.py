@@ -1,10 +1,14 @@
-"""The two errors that a user of hessnb is meant to read: each message says what is wrong, where, and what to do."""
+"""The errors that a user of hessnb is meant to read: each message says what is wrong, where, and what to do."""
 
 from numbers import Integral
 
 
 class InputError(ValueError):
     """Something given to hessnb (a name, a file, a number, a device) cannot be used; the command line exits with 2."""
+
+
+class Held(InputError):
+    """Another process is at work on what was asked for."""
 
 
 class RunFailed(RuntimeError):

@@ -77,6 +77,8 @@ def test_same_results_give_the_same_bytes(full: Store, tmp_path: Path) -> None:
     assert [path.name for path in first] == [path.name for path in second]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert first[0].name == f"smoke-1of{len(first)}.zip"
+    (tmp_path / "a" / "smoke-wide-1of1.zip").touch()  # of another name
+    assert exported(full, tmp_path / "a", max_size=60_000) == first
     with pytest.raises(InputError, match="of another export"):
         exported(full, tmp_path / "a", max_size=15_000_000)
     with pytest.raises(InputError, match="at least"):

@@ -21,8 +21,8 @@ import torch
 import workers
 
 from hessnb.curvature import HessianOperator, lanczos
-from hessnb.errors import InputError
-from hessnb.experiments import campaign, grid, measure, run
+from hessnb.errors import Held, InputError
+from hessnb.experiments import campaign, grid, measure, run, status
 from hessnb.experiments.campaign import Unit
 from hessnb.experiments.estimate import Estimates, in_words, seconds_of
 from hessnb.experiments.measure import Report
@@ -211,6 +211,11 @@ def test_rest_counts_what_failed_as_lost_and_not_as_left(tmp_path: Path) -> None
     trained(store, plan[0].spec, epochs(1, 1.0), "failed")
     rest = campaign.rest(store, plan, Estimates(store, CPU))
     assert (rest.trainings_left, rest.measures_left, rest.trainings_lost, rest.left) == (0, 0, len(plan), "nothing")
+    assert rest.measures_lost == rest.measures
+    (line,) = (
+        line for line in status.lines(store, load_profile("smoke"), Estimates(store, CPU)) if line.artefact == "table3"
+    )
+    assert (line.runs_done, line.measures_done, line.state) == (0, 0, "failed")
 
 
 def test_seconds_that_are_kept_are_not_left(tmp_path: Path) -> None:
@@ -494,6 +499,32 @@ def held_elsewhere(store: Store, spec: RunSpec) -> Iterator[threading.Event]:
             yield done
         finally:
             done.set()
+
+
+def test_where_another_process_is_faster_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, plan = Store(tmp_path / "store"), [grid.Task(task.spec, (L2,)) for task in tasks("table7")]
+    first, second = (task.spec for task in plan)
+    with held_elsewhere(store, first), pytest.raises(Held, match="at work on"):
+        run.train_run(store, first, wait=False)
+    run.train_run(store, first)
+    with held_elsewhere(store, first), pytest.raises(Held, match="at work on"):
+        run.measure_run(store, first, L2, wait=False)
+    with held_elsewhere(store, first) as done:
+        looked, is_held = list[RunSpec](), Store.is_held
+
+        def late(self: Store, spec: RunSpec) -> bool:  # it took the lock after this one has looked
+            looked.append(spec)
+            return False if looked.count(first) == 1 and spec == first else is_held(self, spec)
+
+        def release(*report: object) -> None:
+            if store.measurement(second, L2) is not None:
+                done.set()
+
+        monkeypatch.setattr(Store, "is_held", late)
+        threading.Timer(20.0, done.set).start()
+        assert campaign.carry_out(store, plan, report=release) == []
+    assert looked.count(first) > 1
+    assert store.measurement(first, L2) is not None
 
 
 def test_what_another_process_is_at_work_on_is_put_off(tmp_path: Path) -> None:

@@ -231,6 +231,11 @@ def _with(tmp_path: Path, old: str, new: str) -> Path:
         ("[large_batch.M1]", "[large_batch.M2]", "M1"),
         ("[adversarial.C3]", "[adversarial.C4]", "C3"),
         ("seeds = 1", "seeds = = 1", "TOML"),
+        ("batch = ", "batch = 4000 # ", r"landscape\.batch = 4,000, but n_train of"),
+        ("samples = ", "samples = 4000 # ", r"edge\.samples = 4,000, but n_train of M1"),
+        ("tol = 1e-3", "tol = inf", "finite"),
+        ('trainings = ["L2GRAD"]', 'trainings = ["NOPE"]', "unknown attack 'NOPE'"),
+        ("seeds = 1", 'seeds = 1\nname = "../up"', "name"),
     ],
 )
 def test_wrong_profile_is_one_line_that_names_the_fault(tmp_path: Path, old: str, new: str, named: str) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from hessnb.errors import InputError
 from hessnb.experiments import store as module
-from hessnb.experiments.files import seal
+from hessnb.experiments.files import read_tensors, seal
 from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec, Spectrum
 from hessnb.experiments.store import Measurement, RunResult, Store
 from hessnb.training import Epoch, Recipe, State
@@ -74,6 +74,34 @@ def test_what_is_not_there_is_none(tmp_path: Path) -> None:
 def test_result_ends_the_checkpoint(full: Store) -> None:
     full.save_result(RunResult(other(), "done", "", HISTORY, {}), STATE)
     assert full.checkpoint(other()) is None
+
+
+def test_training_anew_ends_what_was_measured_on_the_one_before(full: Store) -> None:
+    full.save_result(RESULT, STATE)
+    assert full.measurement(SPEC, MEASURE) is not None, "kept again, it is the same training"
+    full.save_partial(SPEC, MEASURE, {"left": torch.ones(1)})
+    full.file(SPEC, "run.json").unlink()
+    full.save_result(RESULT, STATE)
+    assert full.names(SPEC) == {"run", "weights"}
+    assert full.partial(SPEC, MEASURE) is None
+
+
+def test_check_passes_over_what_another_process_removes_or_replaces(
+    full: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = list[Path]()
+
+    def replaced_meanwhile(path: Path) -> Any:
+        reads.append(path)
+        if path.name == "weights.safetensors" and reads.count(path) == 1:
+            raise InputError("half of one file and half of another")
+        if path.name == "checkpoint.safetensors":
+            path.unlink()
+        return read_tensors(path)
+
+    monkeypatch.setattr(module, "read_tensors", replaced_meanwhile)
+    assert full.check() == []
+    assert len(reads) == 3
 
 
 def test_numbers_from_elsewhere_leave_a_training_under_way(full: Store) -> None:
@@ -182,7 +210,7 @@ def test_damaged_file_is_one_line_that_names_it_and_the_remedy(full: Store, inde
         read_all(full)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value).strip()
-    assert "remove it" in str(error.value)
+    assert ("and its network is trained" if path.name == "weights.safetensors" else "remove it") in str(error.value)
     if path.name != "store.json":
         assert len(full.check()) == 1
 

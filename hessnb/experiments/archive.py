@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import lzma
+import re
 import tempfile
 import zipfile
 import zlib
@@ -72,7 +73,8 @@ def export(
     paths = [folder / f"{name}-{i + 1}of{len(groups)}.zip" for i in range(len(groups))]
     with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if others := sorted(set(folder.glob(f"{name}-*of*.zip")) - set(paths)):
+    ours = re.compile(re.escape(name) + r"-\d+of\d+\.zip")
+    if others := sorted(path for path in folder.iterdir() if ours.fullmatch(path.name) and path not in paths):
         raise InputError(f"{others[0]} is of another export: remove those of {name}, or choose another folder")
     for path, group in zip(paths, groups, strict=True):
         content = _packed({piece.name: piece.content() for piece in group})

@@ -17,6 +17,7 @@ import torch
 
 from hessnb import data
 from hessnb.attacks.auto import MISSING
+from hessnb.errors import Held
 from hessnb.experiments.estimate import Estimates, in_words
 from hessnb.experiments.grid import Task
 from hessnb.experiments.measure import Report, silent
@@ -87,7 +88,7 @@ class Unit:
 class Rest:
     """What is not finished: how many of how many units, the seconds of those with an estimate, how many have none.
 
-    ``trainings_lost`` have failed, or go on from one that has: with their measures they are not among those left.
+    ``trainings_lost`` have failed, or go on from one that has; ``measures_lost`` are theirs. Neither are left.
     """
 
     trainings: int
@@ -95,6 +96,7 @@ class Rest:
     trainings_lost: int
     measures: int
     measures_left: int
+    measures_lost: int
     seconds: float
     unknown: int
 
@@ -164,6 +166,7 @@ def rest(store: Store, tasks: Sequence[Task], estimates: Estimates) -> Rest:
         ),
         measures=sum(unit.measure is not None for unit in wanted),
         measures_left=sum(unit.measure is not None for unit in missing),
+        measures_lost=sum(unit.measure is not None and is_hopeless(unit, estimates.failed) for unit in wanted),
         seconds=sum(s for s in seconds if s is not None),
         unknown=sum(s is None for s in seconds),
     )
@@ -233,8 +236,12 @@ def carry_out(
             unit = todo.pop(0)
             if refusal := work.obstacle(unit):
                 refused.append(refusal)
-            elif work.is_ready(unit) and work.do(unit, [other.spec for other in todo if other.measure is None]):
-                todo = ordered(todo, estimates)
+                continue
+            try:
+                if work.is_ready(unit) and work.do(unit, [other.spec for other in todo if other.measure is None]):
+                    todo = ordered(todo, estimates)
+            except Held:  # by a process that was faster
+                put_off.append(unit)
     return refused
 
 
@@ -308,7 +315,7 @@ class _Work:
                     raise OutOfTime
 
         try:
-            train_run(self._store, spec, mates=mates, device=self._device, report=told)
+            train_run(self._store, spec, mates=mates, device=self._device, report=told, wait=False)
         except OutOfTime:
             if self._clock.left <= 0:
                 self._store.save_spent(spec, None, Spent(lost=round(self._clock.now - last, 3)))
@@ -336,7 +343,7 @@ class _Work:
             if not self._clock.fits(min(left, max(step, RESUMED[measure.kind]))):
                 raise OutOfTime
 
-        found = measure_run(self._store, spec, measure, device=self._device, report=told, on_save=saved)
+        found = measure_run(self._store, spec, measure, device=self._device, report=told, on_save=saved, wait=False)
         self._estimates.learn_measurement(spec, found)
         return new
 

@@ -57,7 +57,10 @@ def clear_errors(path: Path) -> Iterator[None]:
 
 def damaged(path: Path | str, why: str) -> InputError:
     """Return the error to raise for a damaged file."""
-    return InputError(f"{path} is damaged ({why}); remove it, and what it held is computed again")
+    remedy = "remove it, and what it held is computed again"
+    if Path(path).name == "weights.safetensors":
+        remedy = f"remove {Path(path).parent}, and its network is trained and measured anew"
+    return InputError(f"{path} is damaged ({why}); {remedy}")
 
 
 def _digest(content: bytes) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from hessnb.attacks import ATTACKS
 from hessnb.errors import InputError, unknown
@@ -31,6 +32,7 @@ class LargeBatch(Frozen):
     def _has_whole_batches(self) -> Self:
         for size in self.batch_sizes:
             _check_batch(size, self.data)
+        _check_run(lambda: self.spec(self.batch_sizes[0], 0))
         return self
 
     @property
@@ -75,14 +77,13 @@ class AdversarialTraining(Frozen):
     @model_validator(mode="after")
     def _has_a_whole_batch(self) -> Self:
         _check_batch(self.batch_size, self.data)
+        _check_run(lambda: self.original(0))
         return self
 
     @field_validator("curvature_of")
     @classmethod
     def _attacks(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for name in names or ():
-            if name not in ATTACKS:
-                raise unknown("attack", name, list(ATTACKS))
+        _check_attacks(names or ())
         return names
 
     def original(self, seed: int) -> RunSpec:
@@ -118,6 +119,20 @@ class AdversarialTraining(Frozen):
 def _check_batch(size: int, data: DataSpec) -> None:
     if data.n_train is not None and size > data.n_train:
         raise InputError(f"a batch of {size:,} samples: n_train is {data.n_train:,}")
+
+
+def _check_run(spec: Callable[[], RunSpec]) -> None:
+    """Raise InputError for a network, a recipe and data that do not fit together."""
+    try:
+        spec()
+    except ValidationError as error:
+        raise InputError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from error
+
+
+def _check_attacks(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in ATTACKS:
+            raise unknown("attack", name, list(ATTACKS))
 
 
 class SpectrumSettings(Frozen):
@@ -180,6 +195,12 @@ class StrongSettings(Frozen):
     restarts: PositiveInt
     trainings: tuple[str, ...] = Field(strict=False)
 
+    @field_validator("trainings")
+    @classmethod
+    def _attacks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        _check_attacks(names)
+        return names
+
 
 class SweepSettings(Frozen):
     """The batch sizes at which readings of the paper are compared, and multiples of the learning rate at the first."""
@@ -191,7 +212,7 @@ class SweepSettings(Frozen):
 class Profile(Frozen):
     """The scale at which the grid is computed; one TOML file each, in ``hessnb/experiments/profiles``."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # part of the names of files
     about: str
     seeds: PositiveInt
     large_batch: dict[str, LargeBatch]
@@ -202,6 +223,17 @@ class Profile(Frozen):
     edge: EdgeSettings
     strong: StrongSettings
     sweep: SweepSettings
+
+    @model_validator(mode="after")
+    def _has_enough_samples(self) -> Self:
+        sets = {f"adversarial {name}": network.data for name, network in self.adversarial.items()}
+        sets |= {name: network.data for name, network in self.large_batch.items() if name != "CR"}  # nothing is drawn
+        asked = [("landscape.batch", self.landscape.batch, name) for name in sets]
+        for key, samples, name in (*asked, ("edge.samples", self.edge.samples, "M1")):
+            n_train = sets[name].n_train if name in sets else None
+            if n_train is not None and samples > n_train:
+                raise InputError(f"{key} = {samples:,}, but n_train of {name} is {n_train:,}")
+        return self
 
 
 def profile_names() -> list[str]:

@@ -152,10 +152,12 @@ def train_run(
     mates: Sequence[RunSpec] = (),
     device: torch.device | str = "cpu",
     report: Report = silent,
+    wait: bool = True,
 ) -> RunResult:
     """Return the ended training of ``spec``, after training it, or going on with it, if the store lacks it.
 
-    On CUDA its ``mates`` (see `mates_of`) are trained along with it if that takes less time than one after the other.
+    While another process is at it, this one waits; without ``wait`` it raises `Held`. On CUDA its ``mates`` (see
+    `mates_of`) are trained along with it if that takes less time than one after the other.
     """
     if found := store.result(spec):
         return found
@@ -163,14 +165,14 @@ def train_run(
     splits = load_data(spec.data, str(where))
     report(f"{spec.label}: training", 0.0, "")
     if mates and where.type == "cuda" and _train_together(store, [spec, *mates], splits, where, report):
-        return train_run(store, spec, device=where, report=report)
-    with store.lock(spec):
+        return train_run(store, spec, device=where, report=report, wait=wait)
+    with store.lock(spec, wait=wait):
         if found := store.result(spec):  # another process has ended it while this one waited
             return found
         if spec.parent is None:
             model = new_model(spec, len(splits.classes)).to(where)
         else:
-            parent = train_run(store, spec.parent, device=where, report=report)
+            parent = train_run(store, spec.parent, device=where, report=report, wait=wait)
             if parent.status == "failed":
                 raise RunFailed(f"{spec.label}: its parent failed: {parent.reason}")
             model = trained_model(store, spec.parent, where)
@@ -287,15 +289,17 @@ def measure_run(
     device: torch.device | str = "cpu",
     report: Report = silent,
     on_save: Callable[[], None] = lambda: None,
+    wait: bool = True,
 ) -> Measurement:
     """Return what ``measure`` gives on the trained network of ``spec``, computing it if the store lacks it.
 
-    ``on_save`` is called when the state of an unfinished solve has been kept: what it raises costs nothing.
+    ``wait`` is that of `train_run`. ``on_save`` is called when the state of an unfinished solve has been kept: what it
+    raises costs nothing.
     """
     if found := store.measurement(spec, measure):
         return found
     where = data.check_device(device)
-    with store.lock(spec):
+    with store.lock(spec, wait=wait):
         if found := store.measurement(spec, measure):
             return found
         label = f"{spec.label}: {measure.label}"

@@ -40,7 +40,7 @@ AUTOATTACK = "AUTOATTACK"
 class Frozen(BaseModel):
     """An immutable, strictly typed record without unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, content: Any, where: str) -> Self:

@@ -30,9 +30,11 @@ class Line:
 
     @property
     def state(self) -> str:
-        """there, partly there, or missing."""
+        """there, partly there, missing, or failed: nothing is left, and what is not there needs a failed training."""
         if (self.runs_done, self.measures_done) == (self.runs, self.measures):
             return "there"
+        if self.left == "nothing":
+            return "failed"
         return "partly there" if self.runs_done else "missing"
 
 
@@ -46,8 +48,8 @@ def lines(store: Store, profile: Profile, estimates: Estimates, seeds: int | Non
             profile=profile.name,
             seeds=len({task.spec.recipe.seed for task in tasks}),
             runs=rest.trainings,
-            runs_done=rest.trainings - rest.trainings_left,
+            runs_done=rest.trainings - rest.trainings_left - rest.trainings_lost,
             measures=rest.measures,
-            measures_done=rest.measures - rest.measures_left,
+            measures_done=rest.measures - rest.measures_left - rest.measures_lost,
             left=rest.left,
         )

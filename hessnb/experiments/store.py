@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hessnb import points
-from hessnb.errors import InputError
+from hessnb.errors import Held, InputError
 from hessnb.experiments.files import (
     clear_errors,
     damaged,
@@ -141,8 +142,15 @@ class Store:
         return run_result_from_json(read_sealed(path), str(path))
 
     def save_result(self, result: RunResult, state: State) -> None:
-        """Keep an ended training: weights first, then run.json, which makes it a result; then drop the checkpoint."""
+        """Keep an ended training: weights first, then run.json, which makes it a result; then drop the checkpoint.
+
+        Where somebody has removed only the run.json of an earlier training, what was measured on that goes before.
+        """
         folder = self._prepare(result.spec)
+        if not (folder / "run.json").exists():
+            for path in folder.iterdir():
+                if path.name != "checkpoint.safetensors":
+                    path.unlink()
         if result.status == "done":
             write_tensors(folder / "weights.safetensors", state.model, {"spec": result.spec.canonical()})
         write_sealed(folder / "run.json", run_result_to_json(result))
@@ -288,24 +296,13 @@ class Store:
         """Read every file, and return one line for each that is damaged; raise InputError where there is no store."""
         if not self.root.exists():
             raise InputError(f"{self.root} is not there: nothing has been computed in it, or its name is another")
-        faults = []
-        for path in sorted(self.root.glob("runs/*/*")):
-            try:
-                if path.suffix in (".json", ".spent"):
-                    read_sealed(path)
-                elif path.suffix == ".safetensors":
-                    read_tensors(path)
-                elif path.name.endswith(".points.txt"):
-                    points.check(path)
-            except InputError as error:
-                faults.append(str(error))
-        return faults
+        return [fault for path in sorted(self.root.glob("runs/*/*")) if (fault := _fault(path))]
 
     @contextmanager
     def lock(self, spec: RunSpec, *, wait: bool = True) -> Iterator[None]:
         """Hold a run for this process. A killed process lets go by itself.
 
-        While another process holds it, this one waits; without ``wait`` it raises InputError.
+        While another process holds it, this one waits; without ``wait`` it raises `Held`.
         """
         with clear_errors(self.root):
             self._prepare(spec)
@@ -313,7 +310,7 @@ class Store:
             try:
                 lock.acquire(timeout=-1 if wait else 0)
             except Timeout as error:
-                raise InputError(f"another process is at work on {spec.slug}; try again when it has ended") from error
+                raise Held(f"another process is at work on {spec.slug}; try again when it has ended") from error
         try:
             for leftover in self._folder(spec).glob(".*.part"):  # of a process that was killed while writing
                 leftover.unlink(missing_ok=True)
@@ -346,6 +343,30 @@ class Store:
         if not (self.root / "store.json").exists():
             write_sealed(self.root / "store.json", {"schema": SCHEMA})
         return folder
+
+
+# How often a file is read again that another process may have been writing meanwhile, and the seconds in between.
+_READS, _BETWEEN = 3, 0.2
+
+
+def _fault(path: Path) -> str | None:
+    """Return what is wrong with a file of a run, or None; a file that another process has removed is no fault."""
+    for again in range(_READS):
+        try:
+            if path.suffix in (".json", ".spent"):
+                read_sealed(path)
+            elif path.suffix == ".safetensors":
+                read_tensors(path)
+            elif path.name.endswith(".points.txt"):
+                points.check(path)
+            return None
+        except (InputError, FileNotFoundError) as error:
+            if not path.exists():
+                return None
+            if again + 1 == _READS:
+                return str(error)
+            time.sleep(_BETWEEN)
+    return None
 
 
 def state_to_tensors(state: State) -> dict[str, Tensor]:
