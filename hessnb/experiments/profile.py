@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hessnb.attacks import ATTACKS
 from hessnb.errors import InputError, unknown
-from hessnb.experiments.spec import SECOND_ORDER, AttackSpec, DataSpec, Frozen, ModelSpec, RunSpec
+from hessnb.experiments.spec import SECOND_ORDER, AttackSpec, DataSpec, Frozen, ModelSpec, RunSpec, faults
 from hessnb.training import Recipe
+
+
+def _known_attack(name: str) -> str:
+    if name not in ATTACKS:
+        raise unknown("attack", name, list(ATTACKS))
+    return name
+
+
+AttackName = Annotated[str, AfterValidator(_known_attack)]
 
 
 class LargeBatch(Frozen):
@@ -71,7 +88,7 @@ class AdversarialTraining(Frozen):
     adversarial_epochs: PositiveInt
     eps: PositiveFloat
     cg_steps: PositiveInt
-    curvature_of: tuple[str, ...] | None = Field(default=None, strict=False)
+    curvature_of: tuple[AttackName, ...] | None = Field(default=None, strict=False)
     eigenvalues: PositiveInt | None = None
 
     @model_validator(mode="after")
@@ -79,12 +96,6 @@ class AdversarialTraining(Frozen):
         _check_batch(self.batch_size, self.data)
         _check_run(lambda: self.original(0))
         return self
-
-    @field_validator("curvature_of")
-    @classmethod
-    def _attacks(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        _check_attacks(names or ())
-        return names
 
     def original(self, seed: int) -> RunSpec:
         """Return the run of the original network, M_ORI."""
@@ -126,13 +137,7 @@ def _check_run(spec: Callable[[], RunSpec]) -> None:
     try:
         spec()
     except ValidationError as error:
-        raise InputError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from error
-
-
-def _check_attacks(names: Sequence[str]) -> None:
-    for name in names:
-        if name not in ATTACKS:
-            raise unknown("attack", name, list(ATTACKS))
+        raise InputError(faults(error)) from error
 
 
 class SpectrumSettings(Frozen):
@@ -193,13 +198,7 @@ class StrongSettings(Frozen):
     n: PositiveInt
     eps: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
     restarts: PositiveInt
-    trainings: tuple[str, ...] = Field(strict=False)
-
-    @field_validator("trainings")
-    @classmethod
-    def _attacks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        _check_attacks(names)
-        return names
+    trainings: tuple[AttackName, ...] = Field(strict=False)
 
 
 class SweepSettings(Frozen):

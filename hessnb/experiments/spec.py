@@ -37,6 +37,14 @@ SECOND_ORDER = ("FHSM", "L2HESS")
 AUTOATTACK = "AUTOATTACK"
 
 
+def faults(error: ValidationError) -> str:
+    """Return in one line what is wrong with each field."""
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors()
+    )
+
+
 class Frozen(BaseModel):
     """An immutable, strictly typed record without unknown fields."""
 
@@ -48,11 +56,7 @@ class Frozen(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            faults = [
-                f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg'].removeprefix('Value error, ')}"
-                for e in error.errors()
-            ]
-            raise InputError(f"{where}: {'; '.join(faults)}") from error
+            raise InputError(f"{where}: {faults(error)}") from error
 
     def canonical(self) -> str:
         """Return the canonical JSON: sorted keys, no spaces, nothing that is None."""

@@ -148,9 +148,7 @@ class Store:
         """
         folder = self._prepare(result.spec)
         if not (folder / "run.json").exists():
-            for path in folder.iterdir():
-                if path.name != "checkpoint.safetensors":
-                    path.unlink()
+            _clear(folder, keep="checkpoint.safetensors")
         if result.status == "done":
             write_tensors(folder / "weights.safetensors", state.model, {"spec": result.spec.canonical()})
         write_sealed(folder / "run.json", run_result_to_json(result))
@@ -254,8 +252,7 @@ class Store:
         """
         folder = self._prepare(spec)
         if anew:
-            for path in sorted(folder.iterdir(), key=lambda path: path.name != "run.json"):
-                path.unlink()
+            _clear(folder)
         first = ("weights.safetensors", "run.json")
         for name in sorted(files, key=lambda name: (first.index(name) if name in first else len(first), name)):
             write_whole(folder / name, files[name])
@@ -345,13 +342,23 @@ class Store:
         return folder
 
 
+def _clear(folder: Path, *, keep: str | None = None) -> None:
+    """Remove the files of a run, first the one that makes it a result; but for the one named ``keep``."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != "run.json"):
+        if path.name != keep:
+            path.unlink()
+
+
 # How often a file is read again that another process may have been writing meanwhile, and the seconds in between.
 _READS, _BETWEEN = 3, 0.2
 
 
 def _fault(path: Path) -> str | None:
     """Return what is wrong with a file of a run, or None; a file that another process has removed is no fault."""
+    found = None
     for again in range(_READS):
+        if again:
+            time.sleep(_BETWEEN)
         try:
             if path.suffix in (".json", ".spent"):
                 read_sealed(path)
@@ -363,10 +370,8 @@ def _fault(path: Path) -> str | None:
         except (InputError, FileNotFoundError) as error:
             if not path.exists():
                 return None
-            if again + 1 == _READS:
-                return str(error)
-            time.sleep(_BETWEEN)
-    return None
+            found = str(error)
+    return found
 
 
 def state_to_tensors(state: State) -> dict[str, Tensor]:

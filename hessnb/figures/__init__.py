@@ -373,6 +373,10 @@ def relative_spectra(eigenvalues: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
+# Classes on a smaller share of the plane stay without a name.
+_NAMED = 0.03
+
+
 def attack_planes(
     planes: Mapping[str, AttackPlane], steps: tuple[str, str], classes: Mapping[str, Sequence[str]]
 ) -> Figure:
@@ -406,10 +410,6 @@ def attack_planes(
         legend(figure, handles, columns=2)
         name_axes(figure, f"along {steps[0]}, in step lengths", "across it")
     return figure
-
-
-# Classes on a smaller share of the plane stay without a name.
-_NAMED = 0.03
 
 
 def _roomiest(region: Tensor, plane: AttackPlane) -> tuple[float, float]:
