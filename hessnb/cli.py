@@ -170,7 +170,7 @@ def status_command(profile: str, seeds: int | None, all_profiles: bool, device: 
 
 @main.command("record")
 @click.argument("artefacts", nargs=-1)
-@click.option("--profile", default="paper", show_default=True, help="The scale whose results are published.")
+@click.option("--profile", default="paper", show_default=True, help="Which of the package's own profiles.")
 @store_option
 @click.option("--into", type=click.Path(path_type=Path), help="Folder of the record. Default: book/record.")
 @click.option("--check", is_flag=True, help="Publish nothing; say what is wrong with the record, exit code 2 if it is.")
@@ -195,7 +195,7 @@ def record_command(
             raise InputError(f"{len(faults)} fault(s) in {folder}")
         _say(f"{folder}: every number has its place and its provenance")
         return
-    published = record.publish(Store(store), folder, load_profile(profile), artefacts)
+    published = record.publish(Store(store), folder, profile, artefacts)
     for path in published.changed:
         _say(f"wrote {path}")
     for line in published.refused:

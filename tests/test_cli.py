@@ -153,6 +153,7 @@ BAD: dict[str, tuple[list[object], str]] = {
     "device": (["run", "table7", *SMOKE, "--device", "abacus"], "device 'abacus' cannot be used here"),
     "device without numbers": (["run", "table7", *SMOKE, "--device", "meta"], "meta is neither cpu nor cuda"),
     "store that is not there": (["store", "check"], "is not there"),
+    "record of a profile of one's own": (["record", "--profile", "mine.toml"], "'mine.toml' is none of these"),
     "record artefact": (["record", "fig99", *SMOKE], "unknown artefact 'fig99'"),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import hessnb
+from hessnb.errors import InputError
 from hessnb.experiments import grid, provenance, record, run
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.spec import InputCurvature
@@ -35,7 +36,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture
 def folder(smoke: Store, tmp_path: Path) -> Path:
     """A record of that store."""
-    record.publish(smoke, tmp_path / "record", load_profile("smoke"))
+    record.publish(smoke, tmp_path / "record", "smoke")
     return tmp_path / "record"
 
 
@@ -48,7 +49,7 @@ def test_committed_record_is_what_it_says() -> None:
 
 def test_record_is_complete_deterministic_and_passes_its_check(smoke: Store, folder: Path) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*.json")}
-    assert record.publish(smoke, folder, load_profile("smoke")) == record.Published([], [])
+    assert record.publish(smoke, folder, "smoke") == record.Published([], [])
     assert record.check(folder) == []
     held = run.held(smoke, ["layers"], load_profile("smoke"))
     assert len(before) == sum(1 + len(outcome.measurements) for outcome in held) == 10
@@ -71,7 +72,7 @@ def test_some_batch_sizes_of_a_seed_are_published(tmp_path: Path) -> None:
         result,
         State(1, {}, [], [EPOCH]),
     )
-    assert len(record.publish(store, tmp_path / "record", profile).changed) == 1
+    assert len(record.publish(store, tmp_path / "record", "smoke").changed) == 1
     assert record.check(tmp_path / "record") == []
 
 
@@ -81,7 +82,7 @@ def test_later_seed_is_published_from_a_store_that_holds_it_alone(tmp_path: Path
     (first, *_) = grid.of_seeds([grid.artefact("layers")], profile, [seed])
     store = Store(tmp_path / "store")
     store.save_result(RunResult(first.spec, "done", "", [EPOCH], came_from(seed=seed)), State(1, {}, [], [EPOCH]))
-    (path,) = record.publish(store, tmp_path / "record", profile, ["layers"]).changed
+    (path,) = record.publish(store, tmp_path / "record", "smoke", ["layers"]).changed
     assert path.parent.name == first.spec.slug
     assert record.check(tmp_path / "record") == []
     (outcome,) = record.recorded("layers", "smoke", tmp_path / "record")
@@ -99,6 +100,13 @@ def came_from(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["own", "laptop.toml"])
+def test_profiles_of_ones_own_stay_out(smoke: Store, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"'{name}' is none of these"):
+        record.publish(smoke, tmp_path / "record", name)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("commit", [None, f"{COMMIT}+changes", "abc"])
 def test_what_uncommitted_code_computed_stays_out(smoke: Store, tmp_path: Path, commit: str | None) -> None:
     profile = load_profile("smoke")
@@ -112,7 +120,7 @@ def test_what_uncommitted_code_computed_stays_out(smoke: Store, tmp_path: Path, 
     found = smoke.measurement(second.spec, measure)
     assert found is not None
     store.save_measurement(second.spec, replace(found, provenance=found.provenance | {"commit": commit}))
-    published = record.publish(store, tmp_path / "record", profile)
+    published = record.publish(store, tmp_path / "record", "smoke")
     assert [path.parent.name for path in published.changed] == [second.spec.slug]
     assert len(published.refused) == 2
     assert first.spec.slug in published.refused[0]
@@ -128,18 +136,19 @@ def test_measures_of_another_training_do_not_stay_beside_a_new_one(smoke: Store,
     other, found = Store(tmp_path / "other"), [smoke.measurement(task.spec, measure) for measure in task.measures]
     history = [replace(epoch, train_loss=epoch.train_loss * 1.01) for epoch in result.history]
     other.save_result(replace(result, history=history), State(1, smoke.weights(task.spec), [], []))
-    published = record.publish(other, folder, profile)
+    published = record.publish(other, folder, "smoke")
     assert published.changed == []
     assert "was measured on another training of it" in published.refused[0]
     assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
     for measurement in found:
         assert measurement is not None
         other.save_measurement(task.spec, measurement)
-    assert [path.name for path in record.publish(other, folder, profile).changed] == ["run.json"]
+    assert [path.name for path in record.publish(other, folder, "smoke").changed] == ["run.json"]
     again = replace(result, provenance=result.provenance | {"device": "another machine"})
     third = Store(tmp_path / "third")
     third.save_result(replace(again, history=history), State(1, smoke.weights(task.spec), [], []))
-    assert [path.name for path in record.publish(third, folder, profile).changed] == ["run.json"], "the same training"
+    changed = record.publish(third, folder, "smoke").changed
+    assert [path.name for path in changed] == ["run.json"], "the same training"
 
 
 def test_values_that_are_not_finite_stay_out(smoke: Store, tmp_path: Path) -> None:
@@ -150,7 +159,7 @@ def test_values_that_are_not_finite_stay_out(smoke: Store, tmp_path: Path) -> No
     store = Store(tmp_path / "store")
     store.save_result(result, State(1, {}, [], []))
     store.save_measurement(task.spec, replace(found, values={"eigenvalues": [float("inf")]}))
-    published = record.publish(store, tmp_path / "record", load_profile("smoke"))
+    published = record.publish(store, tmp_path / "record", "smoke")
     assert "not finite" in published.refused[0]
     assert record.check(tmp_path / "record") == []
 

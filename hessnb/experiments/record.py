@@ -26,7 +26,7 @@ from typing import Any
 from hessnb.errors import InputError
 from hessnb.experiments.files import clear_errors, write_whole
 from hessnb.experiments.grid import ARTEFACTS, of_seeds
-from hessnb.experiments.profile import Profile, load_profile, profile_names
+from hessnb.experiments.profile import load_profile, profile_names
 from hessnb.experiments.run import Outcome, held
 from hessnb.experiments.spec import Measure, RunSpec
 from hessnb.experiments.store import (
@@ -91,14 +91,17 @@ class Published:
     refused: list[str]
 
 
-def publish(source: Results, folder: Path, profile: Profile, names: Sequence[str] = ()) -> Published:
+def publish(source: Results, folder: Path, profile: str, names: Sequence[str] = ()) -> Published:
     """Write all that ``source`` holds of the named artefacts (default: all), be it some batch sizes of one seed.
 
     What does not say where it came from, or came from code that was not committed, stays out; with a run its measures.
     So does a run whose training differs from the recorded one, while measures that were taken on that would stay.
+    Raises InputError for a profile that is not one of the package's: a reader could not look up what it is.
     """
+    if profile not in profile_names():
+        raise InputError(f"the record holds results of {', '.join(profile_names())}; {profile!r} is none of these")
     changed, refused = [], []
-    for outcome in held(source, names or list(ARTEFACTS), profile):
+    for outcome in held(source, names or list(ARTEFACTS), load_profile(profile)):
         if outcome.result is None:
             continue
         spec = outcome.task.spec
@@ -111,7 +114,7 @@ def publish(source: Results, folder: Path, profile: Profile, names: Sequence[str
                 refused.append(f"{spec.slug}/{measure.slug}: {faults[0]}")
             else:
                 files[f"{measure.slug}.json"] = measurement_to_json(found)
-        target = folder / profile.name / spec.slug
+        target = folder / profile / spec.slug
         if left := _of_another_training(target, files):
             refused.append(
                 f"{spec.slug}: {left[0]} of the record was measured on another training of it; publish all of its "
