@@ -24,7 +24,7 @@ import platformdirs
 import torch
 from torch import Tensor
 
-from hessnb.errors import InputError, unknown
+from hessnb.errors import InputError, unknown, whole_number
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,35 @@ _MNIST5K_SEED = 1810_01021
 
 @dataclass(frozen=True)
 class Split:
-    """Images, float32 (N, C, H, W) in [0, 1], and their labels, int64 (N,), on one device."""
+    """Images, float32 (N, C, H, W) in [0, 1], and their labels, int64 (N,), on one device.
+
+    Raises InputError for images that are not floating-point, and labels that are not one int64 for each.
+    """
 
     images: Tensor
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if not images.is_floating_point() or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise InputError(
+                f"images {tuple(images.shape)} of {images.dtype}, labels {tuple(labels.shape)} of {labels.dtype}: give "
+                "floating-point images (N, ...) and int64 labels (N,)"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def head(self, n: int | None) -> Split:
-        """Return the first ``n`` samples as views, or all of them for None."""
-        return self if n is None else Split(self.images[:n], self.labels[:n])
+        """Return the first ``n`` samples as views, or all of them for None; raise InputError for no number of them."""
+        return self if n is None else Split(self.images[: whole_number("n", n)], self.labels[:n])
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
-        """Return (images, labels) views of ``size`` samples each, in order, the last one ragged."""
+        """Return (images, labels) views of ``size`` samples each, in order, the last one ragged.
+
+        Raises InputError for a size that is no number of samples.
+        """
+        whole_number("size", size)
         return list(zip(self.images.split(size), self.labels.split(size), strict=True))
 
 
@@ -108,6 +123,8 @@ def load(
         there = len(arrays[f"{split}_labels"])
         if n is not None and not 1 <= n <= there:
             raise InputError(f"n_{split} = {n}: {name} has {there:,} {split} images; choose 1 to {there}")
+        if n is not None:
+            whole_number(f"n_{split}", n)
         images = torch.from_numpy(np.ascontiguousarray(arrays[f"{split}_images"][:n])).to(where)
         labels = torch.from_numpy(arrays[f"{split}_labels"][:n].astype(np.int64)).to(where)
         images = images.permute(0, 3, 1, 2).to(torch.float32).div_(255)

@@ -7,9 +7,9 @@ buffers, ``.grad`` and modes, and no global random state is used.
 
 With ``keep`` every finished point is a line of a text file, and a rerun computes only the points that are not in it.
 The first line holds a SHA-256 of all that determines a point: networks with the settings of their layers, directions,
-data and their batches, and the name of the loss function; what that function closes over is not seen, so give each
-variant a file of its own. The positions are not part of it: a finer grid finds the points of a coarser one. One process
-at a time writes to a file.
+data and their batches, and the loss: the settings of a module or of a partial function, else its name. What a function
+closes over is not seen, so give each variant a file of its own. The positions are not part of it: a finer grid finds
+the points of a coarser one. One process at a time writes to a file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessnb.curvature.checks import independent_samples, is_mean, varied
 from hessnb.errors import InputError, unknown
+from hessnb.models import architecture, cuda_devices, inference, settings
 from hessnb.points import Point, PointFile, Values, digest
 from hessnb.precision import full_precision
 
@@ -76,7 +78,7 @@ def along(
     are empty or do not fit the model (device, dtype, labels out of range), a loss that is not a scalar, and a ``keep``
     that cannot be read or written or holds the points of another landscape.
     """
-    return _survey(*_span(model, (direction,)), loss_fn, sets, (positions,), keep, progress)
+    return _survey(*_span(model, (direction,)), loss_fn, _read(model, sets), (positions,), keep, progress)
 
 
 def on_plane(
@@ -96,7 +98,7 @@ def on_plane(
     """
     if len(directions) != 2:
         raise InputError(f"{len(directions)} direction(s): a plane has two")
-    return _survey(*_span(model, directions), loss_fn, sets, (xs, ys), keep, progress)
+    return _survey(*_span(model, directions), loss_fn, _read(model, sets), (xs, ys), keep, progress)
 
 
 def between(
@@ -121,9 +123,10 @@ def between(
     number, as PyTorch keeps it) of the values that arrive at it, over all batches together. At the first such layer
     this is exact however the samples are batched; behind it the arriving values depend on the batches.
 
-    Raises InputError for networks whose parameters or buffers differ in name, shape, dtype or device, an unknown
-    ``batch_norm``, ``statistics`` that are missing, empty, not asked for or have one value per channel in a batch, and
-    where `along` does.
+    Raises InputError for networks whose parameters or buffers differ in name, shape, dtype or device, or that are
+    different functions of these (another activation, another buffer of whole numbers), an unknown ``batch_norm``,
+    ``statistics`` that are missing, empty, not asked for or have one value per channel in a batch, and where `along`
+    does.
     """
     if batch_norm not in ("interpolate", "estimate"):
         raise unknown("batch_norm", batch_norm, ["interpolate", "estimate"])
@@ -145,6 +148,12 @@ def between(
         if here.is_floating_point() and not torch.equal(here, ends[name])
     ]
 
+    data = _read(first, sets)
+    with torch.no_grad():
+        for _, here, _, end in lines:
+            here.copy_(end)
+    _check_same_function(network, second, data)
+
     def move(t: float) -> None:
         for name, here, start, end in lines:
             here.copy_(torch.lerp(start.double(), end.double(), t))  # exact at both ends, as start + t (...) is not
@@ -154,7 +163,7 @@ def between(
             _estimate_statistics(network, batches)
 
     identity = [*_identity(first), *_identity(second), batch_norm, *batches]
-    return _survey(network, move, identity, loss_fn, sets, (positions,), keep, progress)
+    return _survey(network, move, identity, loss_fn, data, (positions,), keep, progress)
 
 
 def random_direction(model: nn.Module, generator: torch.Generator, *, filter_normalised: bool = False) -> Tensor:
@@ -165,10 +174,13 @@ def random_direction(model: nn.Module, generator: torch.Generator, *, filter_nor
 
 
 def displaced(model: nn.Module, direction: Tensor, position: float) -> nn.Module:
-    """Return a copy of the network, in eval mode, with the weights theta + t d at ``position`` t; see `along`."""
+    """Return a copy of the network, in eval mode, with the weights theta + t d at ``position`` t.
+
+    Raises InputError for a direction or a position that `along` refuses.
+    """
     network, move, _ = _span(model, (direction,))
     with torch.no_grad():
-        move(position)
+        move(*_check_positions([position]).tolist())
     return network
 
 
@@ -215,19 +227,18 @@ def _survey(
     move: Move,
     identity: list[object],
     loss_fn: LossFunction,
-    sets: Sets,
+    data: dict[str, _Set],
     axes: Sequence[Axis],
     keep: Keep,
     progress: Progress,
 ) -> Landscape:
     """Evaluate ``network`` wherever ``move`` puts it, at each point of the product of ``axes``."""
-    checked, data = tuple(_check_positions(axis) for axis in axes), _read(network, sets)
+    checked = tuple(_check_positions(axis) for axis in axes)
     points = list(itertools.product(*(axis.tolist() for axis in checked)))
     file, values = None, dict[Point, Values]()
     if keep is not None:
-        name = getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__)
         contents = [part for name, a in data.items() for part in (name, *itertools.chain.from_iterable(a.batches))]
-        file = PointFile(Path(keep), digest([*identity, name, *contents]))
+        file = PointFile(Path(keep), digest([*identity, *_of_loss(loss_fn), *contents]))
         values = file.read(list(data))
     missing = [point for point in dict.fromkeys(points) if point not in values]
     total = len(set(points))
@@ -313,11 +324,23 @@ def _evaluate(network: nn.Module, loss_fn: LossFunction, data: dict[str, _Set]) 
 
 def _check_samples(network: nn.Module, data: dict[str, _Set]) -> None:
     """Raise InputError for a network that is random, or whose samples depend on the others in their batch."""
-    device = _weight(network).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(cuda_devices(network)):
         for part in data.values():
             x, _ = varied(part.batches)
             independent_samples(network, lambda x: network(x.clone()), x)
+
+
+def _check_same_function(network: nn.Module, second: nn.Module, data: dict[str, _Set]) -> None:
+    """Raise InputError if a network with the weights and buffers of ``second`` has other outputs than this."""
+    for part in data.values():
+        x, _ = varied(part.batches)
+        with inference(network) as found, inference(second) as expected:
+            ours, theirs = found(x), expected(x)
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().amax()), equal_nan=True):
+            raise InputError(
+                "the networks are different functions: the first with the weights of the second has other outputs than "
+                "the second; give two of the same layers, settings and buffers of whole numbers"
+            )
 
 
 def _check_means(network: nn.Module, loss_fn: LossFunction, data: dict[str, _Set]) -> None:
@@ -361,13 +384,16 @@ def _estimate_statistics(network: nn.Module, batches: list[Tensor]) -> None:
 
 def _identity(model: nn.Module) -> list[object]:
     """Return what makes a network what it is: its layers, their settings, and parameters and buffers with names."""
-    settings = [
-        f"{place}.{name} = {value!r}"
-        for place, module in model.named_modules()
-        for name, value in sorted(vars(module).items())
-        if name != "training" and isinstance(value, bool | int | float | str | tuple)
-    ]
-    return [repr(model), *settings, *itertools.chain.from_iterable(_tensors(model).items())]
+    return [*architecture(model), *itertools.chain.from_iterable(_tensors(model).items())]
+
+
+def _of_loss(loss_fn: LossFunction) -> list[object]:
+    """Return what can be seen of a loss function."""
+    if isinstance(loss_fn, nn.Module):
+        return [type(loss_fn).__qualname__, *_identity(loss_fn)]
+    if isinstance(loss_fn, partial):
+        return [*_of_loss(loss_fn.func), *settings("", (loss_fn.args, loss_fn.keywords))]
+    return [getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__)]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

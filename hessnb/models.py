@@ -6,13 +6,13 @@ fixed statistics), which is what Theorem 2.1 needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from hessnb.errors import InputError, unknown
+from hessnb.errors import InputError, unknown, whole_number
 from hessnb.precision import full_precision
 
 
@@ -27,19 +27,18 @@ def build(
     """Build a network of Table 6: logits (N, num_classes) from images (N, C, H, W).
 
     ``M1`` takes 1 x 28 x 28, the others 3 x 32 x 32. ``num_classes`` is 10, for CR 100, unless given. ``width``
-    multiplies every number of channels and of hidden units. ``variant`` (M1 alone): "strided" is Table 6's text read
-    literally, "normalised" begins with a layer that takes off MNIST's mean pixel and divides by its deviation. ``seed``
-    fixes the initial weights and leaves the global random state as it was.
+    multiplies every number of channels and of hidden units, of which one stays at least. ``variant`` (M1 alone):
+    "strided" is Table 6's text read literally, "normalised" begins with a layer that takes off MNIST's mean pixel and
+    divides by its deviation. ``seed`` fixes the initial weights and leaves the global random state as it was.
 
-    Raises InputError for an unknown name or variant, or a width or class count that leaves a layer empty.
+    Raises InputError for an unknown name or variant, a width that is not positive, and fewer than two classes.
     """
     if name not in MODELS:
         raise unknown("model", name, list(MODELS))
     if variant not in (None, *VARIANTS.get(name, ())):
         raise unknown(f"variant of {name}", variant, [*VARIANTS.get(name, ()), "none"])
     classes = (100 if name == "CR" else 10) if num_classes is None else num_classes
-    if classes < 2:
-        raise InputError(f"num_classes = {classes}: a classifier needs at least 2")
+    whole_number("num_classes", classes, 2)
     if not 0 < width < float("inf"):
         raise InputError(f"width = {width}: the width factor must be positive and finite")
 
@@ -73,6 +72,11 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def cuda_devices(model: nn.Module) -> list[torch.device]:
+    """Return the CUDA device that a model is on, or nothing where it is on the CPU."""
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode and give each module its own mode back afterwards, also after an error."""
@@ -85,13 +89,41 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def architecture(model: nn.Module) -> list[object]:
+    """Return what a network is beside its parameters and buffers: its layers and the settings that they hold.
+
+    Settings are the numbers, texts, tensors and functions (by their names) among a layer's attributes, also in lists,
+    tuples and dictionaries. What `hessnb.points.digest` makes of it is alike for networks that are alike.
+    """
+    found: list[object] = [repr(model)]
+    for place, module in model.named_modules():
+        own = {name: value for name, value in sorted(vars(module).items()) if name not in _EVERY_LAYERS}
+        found += settings(place, own)
+    return found
+
+
+# The attributes that PyTorch itself gives every layer.
+_EVERY_LAYERS = vars(nn.Module()).keys()
+
+
+def settings(place: str, value: object) -> list[object]:
+    """Return the places and values of all settings in an attribute; see `architecture`."""
+    if isinstance(value, Mapping):
+        return [part for name, item in value.items() for part in settings(f"{place}.{name}", item)]
+    if isinstance(value, list | tuple):
+        return [part for i, item in enumerate(value) for part in settings(f"{place}.{i}", item)]
+    told = getattr(value, "__qualname__", value)
+    return [place, told] if isinstance(told, bool | int | float | complex | str | torch.dtype | Tensor | None) else []
+
+
 @contextmanager
 def inference(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Evaluate the model inside: in eval mode, without gradients, in full precision also on CUDA.
 
-    What is yielded calls it on a copy of the inputs, since a network may work in place.
+    What is yielded calls it on a copy of the inputs, since a network may work in place. The random state is kept, also
+    by models that draw although they are in eval mode.
     """
-    with torch.no_grad(), eval_mode(model), full_precision():
+    with torch.no_grad(), eval_mode(model), full_precision(), torch.random.fork_rng(cuda_devices(model)):
         yield lambda x: model(x.clone())
 
 

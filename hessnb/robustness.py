@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hessnb.attacks import fgsm, pgd
+from hessnb.curvature.checks import finite
+from hessnb.curvature.evaluation import check_samples
 from hessnb.errors import InputError
 from hessnb.models import inference
 from hessnb.statistics import Interval, proportion
@@ -26,14 +28,17 @@ _SLACK = 1e-6
 
 
 def predictions(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the most probable class (N,) of each sample, in eval mode."""
+    """Return the most probable class (N,) of each sample, in eval mode; raise InputError for outputs not finite."""
     with inference(model) as forward:
-        return torch.cat([forward(part).argmax(1) for part in x.split(_BATCH)])
+        return torch.cat([_finite(forward(part)).argmax(1) for part in x.split(_BATCH)])
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> Interval:
-    """Return the share of samples (N, ...) whose label (N,) is predicted; raise InputError for other shapes."""
-    _check_labels(x, y)
+    """Return the share of samples (N, ...) whose label (N,) is predicted.
+
+    Raises InputError for samples and labels that do not fit the network or each other, or are not finite.
+    """
+    check_samples(model, x, y, probes=0)
     return proportion(int((predictions(model, x) == y).sum()), len(y))
 
 
@@ -66,21 +71,20 @@ def transfer(models: Mapping[str, nn.Module], sets: Mapping[str, Tensor], y: Ten
 def worst_case(model: nn.Module, attacked: Sequence[Tensor], y: Tensor) -> Interval:
     """Return the share of samples that are right under each one of several attacks: the per-sample worst case.
 
-    Raises InputError for no attack at all, and for labels that are not one for each sample.
+    Raises InputError for no attack at all, and where `accuracy` does.
     """
     if not attacked:
         raise InputError("there are no attacked samples: give those of at least one attack")
     for x in attacked:
-        _check_labels(x, y)
+        check_samples(model, x, y, probes=0)
     right = torch.stack([predictions(model, x) == y for x in attacked]).all(0)
     return proportion(int(right.sum()), len(y))
 
 
-def _check_labels(x: Tensor, y: Tensor) -> None:
-    if y.shape != (len(x),) or y.is_floating_point():
-        raise InputError(
-            f"{len(x)} samples and labels of shape {tuple(y.shape)}, {y.dtype}: give one whole number for each sample"
-        )
+def _finite(logits: Tensor) -> Tensor:
+    if not finite(logits):
+        raise InputError("the model's outputs are not finite for some samples: look for overflow")
+    return logits
 
 
 @dataclass(frozen=True)

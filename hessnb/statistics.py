@@ -11,7 +11,7 @@ from itertools import permutations, product
 import numpy as np
 import scipy.stats
 
-from hessnb.errors import InputError
+from hessnb.errors import InputError, whole_number
 
 # The two-sided 95 % quantile of the normal distribution.
 _Z = 1.959963984540054
@@ -52,7 +52,12 @@ def difference(first: float, second: float, n: int, *, comparisons: int = 1) -> 
 
     It takes the two for independent. Of two on the *same* samples it is therefore too wide wherever they tend to be
     right on the same ones. With ``comparisons`` it is widened, so that so many of them hold together (Bonferroni).
+    Raises InputError for shares outside of [0, 1], and counts below one.
     """
+    if not (0 <= first <= 1 and 0 <= second <= 1):
+        raise InputError(f"the shares {first} and {second}: a proportion is between 0 and 1")
+    whole_number("n", n)
+    whole_number("comparisons", comparisons)
     z = float(scipy.stats.norm.ppf(1 - 0.025 / comparisons))
     one, two = (_wilson(share, n, z) for share in (first, second))
     gap = first - second
@@ -66,8 +71,12 @@ def difference(first: float, second: float, n: int, *, comparisons: int = 1) -> 
 def mean(values: Sequence[float], *, comparisons: int = 1) -> Interval | None:
     """Return the mean with Student's interval, which takes the values for draws from a normal distribution.
 
-    None for fewer than three values. ``comparisons`` as in `difference`.
+    None for fewer than three values. ``comparisons`` as in `difference`. Raises InputError for values that are not
+    finite.
     """
+    whole_number("comparisons", comparisons)
+    if not all(map(math.isfinite, values)):
+        raise InputError("a mean of values that are not all finite: leave the others out")
     n = len(values)
     if n < 3:
         return None
@@ -78,7 +87,12 @@ def mean(values: Sequence[float], *, comparisons: int = 1) -> Interval | None:
 
 
 def geometric_mean(values: Sequence[float]) -> Interval | None:
-    """Return the geometric mean of positive values, with the interval of `mean` for their logarithms."""
+    """Return the geometric mean of positive values, with the interval of `mean` for their logarithms.
+
+    None for fewer than three values; raises InputError for values that are not positive and finite.
+    """
+    if not all(value > 0 for value in values):
+        raise InputError("a geometric mean of values that are not all positive: leave the others out")
     found = mean([math.log(value) for value in values])
     return found and Interval(*(math.exp(bound) for bound in (found.value, found.low, found.high)))
 
@@ -87,7 +101,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Interval | None:
     """Return Spearman's rank correlation with the interval of Bonett and Wright (2000).
 
     None where it says nothing, since even the strictest order would come by chance more often than once in twenty: for
-    fewer than five pairs, and for few with many ties. Raises InputError for sequences of different lengths and values
+    fewer than five pairs, and for few with many ties. Where both sequences have ties, chance alone keeps zero out of
+    the interval somewhat more often than it should. Raises InputError for sequences of different lengths and values
     that are not finite.
     """
     _check_pairs(x, y)
@@ -97,8 +112,9 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Interval | None:
         return None
     r = float(scipy.stats.spearmanr(x, y).statistic)
     r = max(-1.0, min(1.0, r))
-    # At 1, which rounding may miss, the transformation has no finite value: the bound then follows from the ranking
-    # that comes nearest.
+    # At 1, which rounding may miss, the transformation has no finite value: the bound then follows from a correlation
+    # half-way to the nearest one that a ranking has. Of all orders of five to eight at most one in twenty then excludes
+    # zero.
     nearest = 1 - 6 / (n * (n * n - 1))
     z = math.atanh(min(abs(r), nearest))
     half = _Z * math.sqrt((1 + r * r / 2) / (n - 3))

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError
+from hessnb.models import architecture
+from hessnb.points import digest
 from hessnb.steps import Step, Steps, minibatch_step, momentum_of, time_when_done
 from hessnb.training import (
     Recipe,
@@ -26,6 +30,7 @@ from hessnb.training import (
     after_epoch,
     check,
     check_batch_size,
+    check_trainable,
     epoch_order,
     is_finished,
 )
@@ -50,11 +55,13 @@ def train_together(
     is called with the number of a network and its state after each of its epochs. A network leaves the others when its
     training has ended. Returned is the final state of each, or why its training failed.
 
-    Raises InputError for models of different kinds or with frozen weights, for recipes that differ in more than their
-    seed or whose learning rate is not constant, and for a batch size larger than the training set.
+    Raises InputError for models that are not alike, one model twice, frozen weights, random layers and batch
+    normalisation without ``momentum``, for recipes that differ in more than their seed or whose learning rate is not
+    constant, and for what `hessnb.training.train` refuses.
     """
     _check_alike(models, recipes)
-    check_batch_size(recipes[0], data.train)
+    for model in models:
+        check_trainable(model, data, recipes[0])
     ended: dict[int, State | TrainingFailed] = {}
     under_way = {i: states[i] if states else State() for i in range(len(models))}
     for i, state in under_way.items():
@@ -105,9 +112,10 @@ class Stacked:
     """Networks whose parameters and buffers lie behind each other, by name; those of the models are views of these."""
 
     def __init__(self, models: Sequence[nn.Module], momenta: Sequence[list[Tensor]], recipe: Recipe) -> None:
-        self._skeleton = copy.deepcopy(models[0]).train().to("meta")
-        self.parameters = {name: _behind(models, name) for name, _ in models[0].named_parameters()}
-        self.buffers = {name: _behind(models, name) for name, _ in models[0].named_buffers()}
+        # Not on the device "meta", which unties tied weights.
+        self._skeleton = copy.deepcopy(models[0]).train()
+        self.parameters = _behind([dict(model.named_parameters()) for model in models])
+        self.buffers = _behind([dict(model.named_buffers()) for model in models])
         for i, model in enumerate(models):
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 tensor.data = (self.parameters | self.buffers)[name][i]
@@ -142,8 +150,8 @@ class Stacked:
         return step
 
 
-def _behind(models: Sequence[nn.Module], name: str) -> Tensor:
-    return torch.stack([model.state_dict()[name] for model in models])
+def _behind(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([tensors[name].detach() for tensors in each]) for name in each[0]}
 
 
 def is_faster_together(models: Sequence[nn.Module], data: Split, recipe: Recipe) -> bool:
@@ -171,12 +179,23 @@ def is_faster_together(models: Sequence[nn.Module], data: Split, recipe: Recipe)
 
 
 def _check_alike(models: Sequence[nn.Module], recipes: Sequence[Recipe]) -> None:
-    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models]
-    if not models or len(models) != len(recipes) or any(other != shapes[0] for other in shapes):
+    kinds = {digest(_kind(model)) for model in models}
+    if len(kinds) != 1 or len(models) != len(recipes):
         raise InputError("networks are trained together that are alike, each with its recipe")
+    if len(set(models)) < len(models):
+        raise InputError("a network is there twice: give copies of it, copy.deepcopy(model)")
+    for name, module in models[0].named_modules():
+        if isinstance(module, _DropoutNd) or (isinstance(module, _BatchNorm) and module.momentum is None):
+            raise InputError(f"networks with such a layer are trained one by one: {name} is {module}")
     if not all(parameter.requires_grad for model in models for parameter in model.parameters()):
         raise InputError("networks with frozen weights are trained one by one")
     if len({replace(recipe, seed=0) for recipe in recipes}) > 1:
         raise InputError("recipes of networks that are trained together differ in nothing but the seed")
     if recipes[0].decay_every is not None:
         raise InputError("networks are trained together at a constant learning rate: take off decay_every")
+
+
+def _kind(model: nn.Module) -> list[object]:
+    """Return what must be the same of networks that are trained together: all but the values of their tensors."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [*architecture(model), *((name, tuple(t.shape), str(t.dtype), str(t.device)) for name, t in tensors)]

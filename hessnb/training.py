@@ -3,13 +3,14 @@
 Data stay on the device and minibatches are gathered there; there is no loader. A training is a pure function of the
 model's initial weights, the data and the recipe: the order of samples depends on the seed and the epoch alone, so a
 training that goes on from a saved `State` ends in the same bits as one that was never stopped (same machine, same
-number of threads).
+number of threads). Layers that draw random numbers are outside of this: dropout takes PyTorch's global generator.
 
 How steps are taken fast on CUDA is in `hessnb.steps`; losses and accuracies are computed in full precision everywhere.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hessnb.curvature.evaluation import check_samples
 from hessnb.data import Split, Splits
-from hessnb.errors import InputError, RunFailed
-from hessnb.models import inference
+from hessnb.errors import InputError, RunFailed, whole_number
+from hessnb.models import cuda_devices, inference
 from hessnb.steps import Perturbation, Steps, minibatch_step, momentum_of
 
 __all__ = [
@@ -65,14 +67,18 @@ class Recipe:
     decay_factor: float | None = None
 
     def __post_init__(self) -> None:
+        for name, count, least in (
+            ("batch_size", self.batch_size, 1),
+            ("max_epochs", self.max_epochs, 1),
+            ("seed", self.seed, 0),
+            ("decay_every", 1 if self.decay_every is None else self.decay_every, 1),
+        ):
+            whole_number(name, count, least)
         for name, ok, need in (
-            ("batch_size", self.batch_size >= 1, "at least 1"),
             ("lr", 0 < self.lr < math.inf, "positive and finite"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("max_epochs", self.max_epochs >= 1, "at least 1"),
-            ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
+            ("seed", self.seed < 2**32, "below 2**32"),
             ("loss_target", self.loss_target is None or self.loss_target > 0, "positive"),
-            ("decay_every", self.decay_every is None or self.decay_every >= 1, "at least 1"),
             ("decay_factor", self.decay_factor is None or 0 < self.decay_factor <= 1, "in (0, 1]"),
         ):
             if not ok:
@@ -146,6 +152,8 @@ def reached_target(history: list[Epoch], recipe: Recipe) -> bool:
     return recipe.loss_target is not None and bool(history) and history[-1].train_loss <= recipe.loss_target
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     model: nn.Module,
     data: Splits,
@@ -155,7 +163,7 @@ def train(
     state: State | None = None,
     on_epoch: Callable[[State], None] | None = None,
 ) -> State:
-    """Train ``model`` in place on ``data.train`` by minimising the mean cross-entropy, and return the final state.
+    """Train ``model`` in place, in train mode, by the mean cross-entropy on ``data.train``; return the final state.
 
     With a ``perturbation`` each step is taken on inputs perturbed for the network as it is then: adversarial training
     (the paper's Algorithm 1), if the perturbation is an attack. ``state`` resumes an earlier training; ``on_epoch`` is
@@ -163,11 +171,12 @@ def train(
     Model and data must be on one device. On CUDA let go of the curvature operators of a model before you train it:
     steps cannot be captured while their graphs hold on to its weights.
 
-    Raises InputError for a batch size larger than the training set, Diverged when the loss is not finite, and Collapsed
-    when a network has learned something and then `PATIENCE` epochs in a row is no better than a constant answer.
+    Raises InputError for a batch size larger than the training set, a network without trainable weights, and samples or
+    labels that do not fit it or are not finite; Diverged when the loss is not finite; and Collapsed when a network has
+    learned something and then `PATIENCE` epochs in a row is no better than a constant answer.
     """
     train_set = data.train
-    check_batch_size(recipe, train_set)
+    check_trainable(model, data, recipe)
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
     state = state or State()
     if state.model:
@@ -197,6 +206,24 @@ def check_batch_size(recipe: Recipe, train_set: Split) -> None:
     """Raise InputError for a batch size larger than the training set."""
     if recipe.batch_size > len(train_set):
         raise InputError(f"batch_size = {recipe.batch_size}: the training set has only {len(train_set):,} samples")
+
+
+def check_trainable(model: nn.Module, data: Splits, recipe: Recipe) -> None:
+    """Raise InputError unless a network can be trained on the data by the recipe, as far as can be told beforehand."""
+    check_batch_size(recipe, data.train)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("the network has no weights that can be trained: unfreeze some with .requires_grad_()")
+    for split in (data.train, data.test):
+        check_samples(model, split.images, split.labels, probes=0)
+    if len(data.train) % recipe.batch_size == 1:
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(model)):
+            try:
+                copy.deepcopy(model).train()(data.train.images[:1])
+            except ValueError as error:  # of batch normalisation
+                raise InputError(
+                    f"batch_size = {recipe.batch_size}: of {len(data.train):,} samples it leaves one for the last step "
+                    "of an epoch, which batch normalisation cannot take; choose another"
+                ) from error
 
 
 def after_epoch(

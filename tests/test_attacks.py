@@ -751,7 +751,9 @@ def test_autoattack_is_the_strongest(digits: Splits, tiny_m1: nn.Module, untouch
     assert withstood[0] <= withstood[1]
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        assert torch.equal(autoattack(tiny_m1, x, y, eps=0.05, attacks=("apgd-ce",)), found)
+        apart = torch.stack([x, x], dim=-1)[..., 0]  # no pixel beside the other in memory
+        assert not apart.is_contiguous()
+        assert torch.equal(autoattack(tiny_m1, apart, y, eps=0.05, attacks=("apgd-ce",)), found)
 
 
 def test_autoattack_without_its_package_names_the_extra(
@@ -770,6 +772,7 @@ def test_autoattack_without_its_package_names_the_extra(
         ({"norm": "l1"}, "unknown norm"),
         ({"attacks": ("pgd",)}, "unknown attack"),
         ({"batch_size": 0}, "batch_size = 0"),
+        ({"attacks": ()}, "attacks is empty"),
     ],
 )
 def test_autoattack_refuses_bad_options(
@@ -873,3 +876,16 @@ def test_an_entry_that_is_not_finite_is_seen_wherever_it_is(value: float, dtype:
         assert not finite(torch.where(torch.arange(15).view(3, 5) == i, value, x))
     assert finite(x[:0])
     assert finite(x.long())
+
+
+@pytest.mark.parametrize("attack", [fgsm, l2_gradient, pgd])
+def test_a_network_that_hides_its_input_from_autograd_is_refused(
+    attack: Callable[..., Tensor], digits: Splits, tiny_m1: nn.Module
+) -> None:
+    class Rounds(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.round().detach()
+
+    model = nn.Sequential(Rounds(), tiny_m1).requires_grad_(False)
+    with pytest.raises(InputError, match="outputs cannot be differentiated: look for detach"):
+        attack(model, digits.test.images[:2], digits.test.labels[:2], eps=0.1)

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hessnb import data
-from hessnb.data import PUBLISHED, Splits, check_device, data_root, fetch, load, where
+from hessnb.data import PUBLISHED, Split, Splits, check_device, data_root, fetch, load, where
 from hessnb.errors import InputError
 
 Arrays = dict[str, np.ndarray]
@@ -194,6 +194,23 @@ def test_a_prefix_is_the_head_of_the_whole_set(digits: Splits) -> None:
 def test_a_count_out_of_range_is_an_error_that_says_the_range(counts: dict[str, int], there: int) -> None:
     with pytest.raises(InputError, match=f"choose 1 to {there}$"):
         load("mnist5k", **counts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: load("mnist5k", n_train=True),
+        lambda: load("mnist5k", n_test=2.5),  # type: ignore[arg-type]
+        lambda: Split(torch.rand(10, 1), torch.zeros(4, dtype=torch.int64)),
+        lambda: Split(torch.rand(10, 1), torch.zeros(10)),
+        lambda: Split(torch.zeros(10, 1, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)),
+        lambda: Split(torch.rand(10, 1), torch.zeros(10, dtype=torch.int64)).head(-3),
+        lambda: Split(torch.rand(10, 1), torch.zeros(10, dtype=torch.int64)).batches(0),
+    ],
+)
+def test_samples_without_their_labels_and_counts_that_are_none_are_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(InputError, match="whole number|give floating-point images"):
+        call()
 
 
 def test_batches_are_in_order_and_the_last_one_is_ragged(digits: Splits) -> None:

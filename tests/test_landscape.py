@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -497,8 +498,9 @@ def test_another_landscape_is_refused_and_its_file_left_alone(tmp_path: Path) ->
 
 def test_another_network_at_the_end_or_another_estimate_is_another_landscape(tmp_path: Path) -> None:
     first, second, other, (x, y) = network(seed=0), network(seed=1), network(seed=2), samples()
-    activated = deepcopy(first)
-    activated.set_submodule("2", nn.Sigmoid())  # the same weights, another function
+    activated, activated_too = deepcopy(first), deepcopy(second)
+    for model in (activated, activated_too):
+        model.set_submodule("2", nn.Sigmoid())  # the same weights, another function
     keep = tmp_path / "points.jsonl"
 
     def survey(first: nn.Module, second: nn.Module, **options: Any) -> Landscape:
@@ -507,7 +509,7 @@ def test_another_network_at_the_end_or_another_estimate_is_another_landscape(tmp
     survey(first, second, batch_norm="estimate", statistics=[x])
     calls: list[Callable[[], Landscape]] = [
         lambda: survey(first, other, batch_norm="estimate", statistics=[x]),
-        lambda: survey(activated, second, batch_norm="estimate", statistics=[x]),
+        lambda: survey(activated, activated_too, batch_norm="estimate", statistics=[x]),
         lambda: survey(first, second, batch_norm="estimate", statistics=[x[:20]]),
         lambda: survey(first, second, batch_norm="estimate", statistics=[x[:11], x[11:]]),
         lambda: survey(first, second),
@@ -708,3 +710,43 @@ def test_statistics_may_be_any_iterable_of_batches() -> None:
         for given in ([x[:4], x[4:]], torch.stack([x[:4], x[4:]]), iter([x[:4], x[4:]]))
     ]
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_networks_that_are_different_functions_of_their_weights_have_no_line() -> None:
+    first, second, (x, y) = network(seed=0), network(seed=1), samples()
+    second.set_submodule("2", nn.Sigmoid())
+    with pytest.raises(InputError, match="the networks are different functions"):
+        between(first, second, F.cross_entropy, {"all": [(x, y)]}, LINE)
+
+
+class Scaled(nn.Module):
+    """A network whose scale is a plain tensor, which no state holds."""
+
+    def __init__(self, scale: Tensor, **settings: object) -> None:
+        super().__init__()
+        self.inner, self.scale, self.settings = network("smooth"), scale, settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * self.scale)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "loss_fn"),
+    [
+        (Scaled(torch.tensor(2.0)), nn.CrossEntropyLoss()),
+        (Scaled(torch.tensor(1.0), sizes=[1, 2]), nn.CrossEntropyLoss()),
+        (Scaled(torch.tensor(1.0), act=torch.tanh), nn.CrossEntropyLoss()),
+        (Scaled(torch.tensor(1.0)), nn.CrossEntropyLoss(label_smoothing=0.5)),
+        (Scaled(torch.tensor(1.0)), partial(F.cross_entropy, label_smoothing=0.5)),
+        (Scaled(torch.tensor(1.0)), partial(F.cross_entropy, label_smoothing=0.1)),
+    ],
+)
+def test_a_file_of_points_belongs_to_plain_tensors_lists_and_the_settings_of_the_loss(
+    tmp_path: Path, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    plain, keep, sets = Scaled(torch.tensor(1.0)), tmp_path / "points.jsonl", {"all": [samples()]}
+    first = along(plain, nn.CrossEntropyLoss(), sets, drawn(plain), [0.0], keep=keep)
+    again = along(deepcopy(plain), nn.CrossEntropyLoss(), sets, drawn(plain), [0.0], keep=keep)
+    assert torch.equal(again.losses["all"], first.losses["all"])
+    with pytest.raises(InputError, match="does not hold points of this landscape"):
+        along(model, loss_fn, sets, drawn(plain), [0.0], keep=keep)

@@ -174,6 +174,7 @@ def slopes(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         ({"name": "M1", "variant": "dilated"}, "unknown variant of M1 'dilated'; there is: strided, normalised, none"),
         ({"name": "M1", "num_classes": 1}, "num_classes = 1"),
         ({"name": "M1", "num_classes": 0}, "num_classes = 0"),
+        ({"name": "M1", "num_classes": 2.5}, "num_classes = 2.5"),
         ({"name": "M1", "width": 0.0}, "width = 0.0"),
         ({"name": "M1", "width": -1.0}, "width = -1.0"),
         ({"name": "M1", "width": float("nan")}, "width = nan"),

@@ -72,12 +72,31 @@ def test_worst_case_counts_a_sample_that_any_attack_fools() -> None:
     assert worst_case(line(), [up, down], Y).value == pytest.approx(3 / 6)
 
 
-@pytest.mark.parametrize("y", [Y[:, None], Y[:1], Y[:5], Y.double(), torch.zeros(6, 2, dtype=torch.int64)])
-def test_labels_that_are_not_one_whole_number_for_each_sample_are_refused(y: Tensor) -> None:
-    with pytest.raises(InputError, match="give one whole number for each sample"):
-        accuracy(line(), X, y)
-    with pytest.raises(InputError, match="give one whole number for each sample"):
-        worst_case(line(), [X], y)
+@pytest.mark.parametrize(
+    ("x", "y", "fault"),
+    [
+        (X, Y[:, None], "must be integers of shape"),
+        (X, Y[:1], "6 inputs and 1 labels"),
+        (X, Y.double(), "must be integers of shape"),
+        (X, Y.bool(), "must be integers of shape"),
+        (X, Y + 1, "labels from 1 to 2, the model 2 outputs"),
+        (X * torch.nan, Y, "holds NaN or infinity"),
+    ],
+)
+def test_samples_and_labels_that_do_not_fit_are_refused(x: Tensor, y: Tensor, fault: str) -> None:
+    with pytest.raises(InputError, match=fault):
+        accuracy(line(), x, y)
+    with pytest.raises(InputError, match=fault):
+        worst_case(line(), [x], y)
+
+
+def test_outputs_that_are_not_finite_are_no_predictions() -> None:
+    class Overflow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x.flatten(), 1 / (x.flatten() - X[4].item())], dim=1)
+
+    with pytest.raises(InputError, match="outputs are not finite"):
+        accuracy(Overflow(), X, Y)
 
 
 def test_no_attack_has_no_worst_case() -> None:
@@ -127,9 +146,8 @@ def test_checklist_passes_a_strong_attack_and_tells_a_weak_one(trained: nn.Modul
     [
         lambda model, x, y, eps: l2_gradient(model, x, y, eps=eps),
         lambda model, x, y, eps: fgsm(model, x, y, eps=eps, bounds=None),
-        lambda model, x, y, eps: torch.full_like(x, math.nan),
     ],
-    ids=["another norm", "no bounds", "not a number"],
+    ids=["another norm", "no bounds"],
 )
 def test_checklist_tells_an_attack_that_leaves_the_threat_model(
     trained: nn.Module, digits: Splits, beyond: Callable[..., Tensor]
@@ -139,6 +157,12 @@ def test_checklist_tells_an_attack_that_leaves_the_threat_model(
     assert not checks["The attack keeps to its size and to [0, 1]"].passed
     checks = {check.question: check for check in checklist(trained, fgsm, *few, eps=0.1)}
     assert checks["The attack keeps to its size and to [0, 1]"].passed
+
+
+def test_checklist_refuses_an_attack_that_returns_no_numbers(trained: nn.Module, digits: Splits) -> None:
+    few = digits.test.images[:20], digits.test.labels[:20]
+    with pytest.raises(InputError, match="holds NaN or infinity"):
+        checklist(trained, lambda model, x, y, eps: torch.full_like(x, math.nan), *few, eps=0.1)
 
 
 def test_networks_that_work_in_place_change_no_data_of_others(digits: Splits) -> None:

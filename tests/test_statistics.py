@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -190,6 +191,24 @@ def test_correlation_within_groups_needs_some_that_vary_and_no_large_ones() -> N
         spearman_within([([1, 2, 3], [1, 2])])
     with pytest.raises(InputError, match="finite"):
         spearman_within([([1, 2, 3], [1, 2, math.nan])])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: difference(52.1, 50.0, 1000),
+        lambda: difference(0.2, math.nan, 10),
+        lambda: difference(0.2, 0.5, 0),
+        lambda: difference(0.2, 0.5, 10, comparisons=0),
+        lambda: mean([1.0, 2.0, math.inf]),
+        lambda: mean([1.0, 2.0, 3.0], comparisons=-1),
+        lambda: geometric_mean([1.0, 0.0, 3.0]),
+        lambda: geometric_mean([1.0, math.nan, 3.0]),
+    ],
+)
+def test_numbers_of_which_there_is_no_interval_are_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(InputError):
+        call()
 
 
 @pytest.mark.parametrize("n", [5, 6, 7, 8])

@@ -25,6 +25,18 @@ def test_signs_and_ranks_are_relative_to_each_sample_s_own_largest_eigenvalue() 
     assert violations(saddles, 3).to_dict("list") == {"indefinite": [1, 0], "rank_above": [1, 1]}
 
 
+def test_a_hessian_that_is_zero_is_no_saddle() -> None:
+    table = saddle_free({"dead": (diagonal([0.0, 0.0], [1.0, 0.0]), 2)}, name="t", caption="")
+    assert table.rows[0][3:6] == ("0.0e+00", "yes", "0 to 1")
+
+
+def test_every_activation_is_exchanged_also_one_that_is_used_twice() -> None:
+    relu = nn.ReLU()
+    changed = with_activation(nn.Sequential(nn.Linear(2, 2), relu, nn.Linear(2, 2), relu), nn.Tanh())
+    assert isinstance(changed, nn.Sequential)
+    assert [type(layer) for layer in changed] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh]
+
+
 def test_confident_networks_have_no_negative_eigenvalue_beyond_rounding(digits: Splits) -> None:
     model = models.build("M1", width=0.25, seed=1).eval()
     with torch.no_grad():  # so sure of itself that one minus the probability has few digits left

@@ -89,7 +89,7 @@ def test_trainings_go_on_together_from_different_epochs(in_float64: Callable[[st
 def test_a_training_that_fails_does_not_hinder_the_others(in_float64: Callable[[str], Splits]) -> None:
     data, models = in_float64("mnist5k"), networks("M1")
     with torch.no_grad():
-        next(models[1].parameters()).fill_(torch.nan)
+        next(models[1].parameters()).fill_(1e100)
     found = train_together(models, data, recipes())
     assert isinstance(found[1], Diverged)
     assert len(found[1].state.history) == 1
@@ -100,7 +100,7 @@ def test_a_training_that_fails_does_not_hinder_the_others(in_float64: Callable[[
 def test_a_training_that_fails_in_its_last_epoch_has_failed(in_float64: Callable[[str], Splits]) -> None:
     data, models = in_float64("mnist5k"), networks("M1")
     with torch.no_grad():
-        next(models[1].parameters()).fill_(torch.nan)
+        next(models[1].parameters()).fill_(1e100)
     found = train_together(models, data, recipes(max_epochs=1))
     assert [type(ended) for ended in found] == [State, Diverged, State]
 
@@ -108,7 +108,7 @@ def test_a_training_that_fails_in_its_last_epoch_has_failed(in_float64: Callable
 def test_an_epoch_that_shows_a_failure_is_not_told(in_float64: Callable[[str], Splits]) -> None:
     data, models, seen = in_float64("mnist5k"), networks("M1"), list[tuple[int, int]]()
     with torch.no_grad():
-        next(models[1].parameters()).fill_(torch.nan)
+        next(models[1].parameters()).fill_(1e100)
     train_together(models, data, recipes(max_epochs=2), on_epoch=lambda i, state: seen.append((i, state.epoch)))
     assert seen == [(0, 1), (2, 1), (0, 2), (2, 2)]
 
@@ -135,9 +135,37 @@ def test_timing_leaves_the_networks_as_they_are(
         is_faster_together(models, data, replace(RECIPE, batch_size=71))
 
 
+class Tied(nn.Module):
+    """Two layers that share their weights, with a buffer that is no part of the state."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(784, 784), nn.Linear(784, 784), nn.Linear(784, 10)
+        self.second.weight = self.first.weight
+        self.shift: torch.Tensor
+        self.register_buffer("shift", torch.tensor(0.1 * seed), persistent=False)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.second(self.first(x.flatten(1) + self.shift).relu()).relu())  # type: ignore[no-any-return]
+
+
+def test_tied_weights_stay_tied(in_float64: Callable[[str], Splits]) -> None:
+    data, chosen = in_float64("mnist5k"), recipes(max_epochs=2)
+    ours, alone = ([Tied(seed).double() for seed in SEEDS] for _ in range(2))
+    for found, model, other, recipe in zip(train_together(ours, data, chosen), ours, alone, chosen, strict=True):
+        assert_same_training(found, train(other, data, recipe))
+        assert model.second.weight is model.first.weight
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda models, chosen: ([*models[:2], nn.Sequential(*models[2], nn.Tanh())], chosen), "that are alike"),
+        (lambda models, chosen: ([*models[:2], models[1]], chosen), "a network is there twice"),
+        (lambda models, chosen: ([nn.Sequential(*m, nn.Dropout(0.5)) for m in models], chosen), "10 is Dropout"),
         (lambda models, chosen: (models[:2], chosen), "alike, each with its recipe"),
         (lambda models, chosen: ([], []), "alike, each with its recipe"),
         (lambda models, chosen: ([*models[:2], build("M1", width=0.2)], chosen), "alike, each with its recipe"),

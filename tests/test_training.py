@@ -297,7 +297,9 @@ def test_dead_units_make_a_training_collapse(data: Splits) -> None:
         *(("lr", value) for value in (0.0, -0.1, math.inf, math.nan)),
         *(("momentum", value) for value in (-0.1, 1.0, math.nan)),
         ("max_epochs", 0),
-        *(("seed", value) for value in (-1, 2**32)),
+        *(("seed", value) for value in (-1, 2**32, 1.0)),
+        ("batch_size", 8.5),
+        ("max_epochs", True),
         *(("loss_target", value) for value in (0.0, -1.0, math.nan)),
         ("decay_every", 0),
         *(("decay_factor", value) for value in (0.0, 1.5, math.nan)),
@@ -319,6 +321,56 @@ def test_a_batch_may_be_the_whole_training_set_and_no_larger(data: Splits) -> No
     assert train(tiny(), data, replace(RECIPE, batch_size=70)).epoch == 3
     with pytest.raises(InputError, match="batch_size = 71: the training set has only 70 samples"):
         train(tiny(), data, replace(RECIPE, batch_size=71))
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "fault"),
+    [
+        ("train", lambda s: Split(s.images * torch.nan, s.labels), "holds NaN or infinity"),
+        ("train", lambda s: Split(s.images.double(), s.labels), "are torch.float64, the parameters torch.float32"),
+        ("train", lambda s: Split(s.images, s.labels + 10), "labels from 10 to"),
+        ("test", lambda s: Split(s.images[:0], s.labels[:0]), "there are no inputs"),
+        ("test", lambda s: Split(s.images, s.labels - 10), "labels from -10 to"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_before_the_first_step(
+    data: Splits, split: str, change: Callable[[Split], Split], fault: str
+) -> None:
+    model = tiny()
+    before = bits(model)
+    with pytest.raises(InputError, match=fault):
+        train(model, replace(data, **{split: change(getattr(data, split))}), RECIPE)  # type: ignore[arg-type]
+    assert same(bits(model), before)
+
+
+def test_a_network_that_is_all_frozen_or_has_one_sample_left_to_normalise_is_refused(data: Splits) -> None:
+    with pytest.raises(InputError, match="no weights that can be trained"):
+        train(tiny().requires_grad_(False), data, RECIPE)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 10))
+    statistics = flat[2].running_mean
+    assert isinstance(statistics, Tensor)
+    with pytest.raises(InputError, match="batch_size = 23: of 70 samples it leaves one"):
+        train(flat, data, replace(RECIPE, batch_size=23))
+    assert not statistics.any()
+    assert train(flat, data, replace(RECIPE, batch_size=22)).epoch == 3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_does_not_mind_where_it_is_called(
+    data: Splits, mode: Callable[[], AbstractContextManager[None]]
+) -> None:
+    first, second = tiny(), tiny()
+    half = train(first, data, replace(RECIPE, max_epochs=1))
+    with mode():
+        state = train(
+            second,
+            data,
+            RECIPE,
+            state=State(1, {k: v.clone() for k, v in half.model.items()}, half.momentum, half.history),
+        )
+    train(first, data, RECIPE, state=half)
+    assert state.epoch == 3
+    assert same(bits(first), bits(second))
 
 
 # Evaluation

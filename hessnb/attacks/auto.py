@@ -51,14 +51,15 @@ def autoattack(
     whole_number("batch_size", batch_size)
     checks.per_sample("eps", eps, x)
     checks.among("norm", norm, list(_NORMS))
+    if not attacks:
+        raise InputError(f"attacks is empty: name one at least of {', '.join(_STANDARD)}")
     for name in attacks:
         checks.among("attack", name, [*_STANDARD, "apgd-dlr", "fab"])
     if x.dtype != torch.float32:
         raise InputError(f"the network and the inputs are {x.dtype}: AutoAttack computes in float32, use .float()")
-    devices = [x.device] if x.device.type == "cuda" else []
     trace = sys.gettrace()  # which the package's check for dynamic defences takes away
     try:
-        with evaluation(model), torch.random.fork_rng(devices):
+        with evaluation(model):
             with torch.no_grad():
                 logits = model(x[:2].clone())
             checks.warn_of_probabilities(logits)
@@ -75,7 +76,8 @@ def autoattack(
             for attack in (auto.apgd, auto.fab, auto.apgd_targeted):
                 attack.n_restarts = 1
             auto.fab.n_target_classes = auto.apgd_targeted.n_target_classes = min(9, classes - 1)
-            found, _ = auto.run_standard_evaluation(x.detach().clone(), y.long(), batch_size=batch_size)
+            images = x.detach().clone(memory_format=torch.contiguous_format)  # it takes no other layout
+            found, _ = auto.run_standard_evaluation(images, y.long(), batch_size=batch_size)
     finally:
         sys.settrace(trace)
     result: Tensor = found.detach()

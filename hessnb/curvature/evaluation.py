@@ -15,7 +15,7 @@ from hessnb.curvature import checks
 from hessnb.curvature.double_backward import cheap_double_backward, suits
 from hessnb.curvature.memory import held_bytes
 from hessnb.errors import InputError
-from hessnb.models import eval_mode
+from hessnb.models import cuda_devices, eval_mode
 from hessnb.precision import full_precision
 
 Forward = Callable[[Tensor], Tensor]
@@ -27,13 +27,11 @@ PROBES = 16
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluate inside in eval mode, in full precision, and with gradients; give all back afterwards as it was."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
     # The random state is kept for models that draw although they are not in train mode.
     with (
         eval_mode(model),
         full_precision(),
-        torch.random.fork_rng(devices),
+        torch.random.fork_rng(cuda_devices(model)),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
@@ -41,7 +39,10 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def differentiable(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inputs as a leaf to differentiate by, and the logits (N, c)."""
+    """Return the inputs as a leaf to differentiate by, and the logits (N, c).
+
+    Raises InputError for logits that are not finite or not differentiable.
+    """
     # PyTorch's float64 convolutions on a CPU take three times as long where the strides are not those of (N, C, H, W),
     # as of images of one channel that were once (N, H, W, C); those of float32 are at ease with both.
     layout = torch.contiguous_format if x.dtype == torch.float64 else torch.preserve_format
@@ -49,6 +50,8 @@ def differentiable(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = forward(leaf.clone())  # a copy, since networks may work in place
     if not checks.finite(logits.detach()):
         raise InputError("the model's outputs are not finite for some inputs: look for overflow")
+    if not logits.requires_grad:
+        raise InputError("the model's outputs cannot be differentiated: look for detach() or no_grad() inside of it")
     return leaf, logits
 
 

@@ -31,7 +31,8 @@ def saddle_free(cases: Mapping[str, tuple[Tensor, int]], *, name: str, caption: 
     rows = []
     for label, (eigenvalues, classes) in cases.items():
         largest = eigenvalues.abs().amax(dim=1)
-        smallest = (eigenvalues.amin(dim=1) / largest).min().item()
+        # Of a Hessian that is zero, as where no ReLU is active, all eigenvalues are.
+        smallest = (eigenvalues.amin(dim=1) / torch.where(largest > 0, largest, 1.0)).min().item()
         ranks = (eigenvalues.abs() > RANK_THRESHOLD * largest[:, None]).sum(dim=1)
         verdict = "yes" if smallest > -RANK_THRESHOLD else "no"
         low, high = int(ranks.min()), int(ranks.max())
@@ -70,7 +71,7 @@ def with_activation(model: nn.Module, activation: nn.Module) -> nn.Module:
     """Return a copy of ``model`` with the same weights in which every ReLU module is ``activation``."""
     changed = copy.deepcopy(model)
     for module in list(changed.modules()):
-        for name, child in module.named_children():
+        for name, child in module._modules.items():  # also where the same one is used twice
             if isinstance(child, nn.ReLU):
                 setattr(module, name, copy.deepcopy(activation))
     return changed
