@@ -215,13 +215,13 @@ def check_trainable(model: nn.Module, data: Splits, recipe: Recipe) -> None:
         raise InputError("the network has no weights that can be trained: unfreeze some with .requires_grad_()")
     for split in (data.train, data.test):
         check_samples(model, split.images, split.labels, probes=0)
-    if len(data.train) % recipe.batch_size == 1:
+    if (len(data.train) - 1) % recipe.batch_size == 0:
         with torch.no_grad(), torch.random.fork_rng(cuda_devices(model)):
             try:
                 copy.deepcopy(model).train()(data.train.images[:1])
             except ValueError as error:  # of batch normalisation
                 raise InputError(
-                    f"batch_size = {recipe.batch_size}: of {len(data.train):,} samples it leaves one for the last step "
+                    f"batch_size = {recipe.batch_size}: of {len(data.train):,} samples one is left for the last step "
                     "of an epoch, which batch normalisation cannot take; choose another"
                 ) from error
 

@@ -349,7 +349,7 @@ def test_a_network_that_is_all_frozen_or_has_one_sample_left_to_normalise_is_ref
     flat = nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 10))
     statistics = flat[2].running_mean
     assert isinstance(statistics, Tensor)
-    with pytest.raises(InputError, match="batch_size = 23: of 70 samples it leaves one"):
+    with pytest.raises(InputError, match="batch_size = 23: of 70 samples one is left"):
         train(flat, data, replace(RECIPE, batch_size=23))
     assert not statistics.any()
     assert train(flat, data, replace(RECIPE, batch_size=22)).epoch == 3
