@@ -193,6 +193,7 @@ def test_sync_is_deterministic_and_check_finds_what_differs(project: Path) -> No
         ("\n".join(f"x{i} = {i}" for i in range(26)), "more than 25 lines"),
         ("def f():\n    return 1", "belongs into"),
         ("class A:\n    pass", "belongs into"),
+        ('caption = "Compare {numref}`tab-x`."', "refers to another place"),
         ("---\nmystnb:\n  figure: {caption: A caption}\n---\nx = 1", "has no name and caption"),
         (
             "---\nmystnb:\n  figure: {name: fig-x, caption: A caption}\n  image: {alt: a picture}\n---\nx = 1",
