@@ -134,9 +134,7 @@ def check(root: Path) -> list[str]:
             if any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(ast.parse(cell.source))):
                 faults.append(f"{source.name}: cell {cell.id} defines a function or class; it belongs into the package")
             if re.search(r"\{[\w:]+\}`", cell.source):  # a table whose caption holds a reference cannot be referred to
-                faults.append(
-                    f"{source.name}: cell {cell.id} refers to another place; that belongs into the prose"
-                )
+                faults.append(f"{source.name}: cell {cell.id} refers to another place; that belongs into the prose")
         tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
         if len(tagged) != 1 or _assigned(tagged[0].source) != PARAMETERS:
             faults.append(
