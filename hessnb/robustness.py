@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hessnb.attacks import fgsm, pgd
-from hessnb.curvature.checks import finite
+from hessnb.curvature.checks import finite_outputs
 from hessnb.curvature.evaluation import check_samples
 from hessnb.errors import InputError
 from hessnb.models import inference
@@ -30,7 +30,10 @@ _SLACK = 1e-6
 def predictions(model: nn.Module, x: Tensor) -> Tensor:
     """Return the most probable class (N,) of each sample, in eval mode; raise InputError for outputs not finite."""
     with inference(model) as forward:
-        return torch.cat([_finite(forward(part)).argmax(1) for part in x.split(_BATCH)])
+        outputs = [forward(part) for part in x.split(_BATCH)]
+    for part in outputs:
+        finite_outputs(part)
+    return torch.cat([part.argmax(1) for part in outputs])
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> Interval:
@@ -79,12 +82,6 @@ def worst_case(model: nn.Module, attacked: Sequence[Tensor], y: Tensor) -> Inter
         check_samples(model, x, y, probes=0)
     right = torch.stack([predictions(model, x) == y for x in attacked]).all(0)
     return proportion(int(right.sum()), len(y))
-
-
-def _finite(logits: Tensor) -> Tensor:
-    if not finite(logits):
-        raise InputError("the model's outputs are not finite for some samples: look for overflow")
-    return logits
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,12 @@ def finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
+def finite_outputs(outputs: Tensor) -> None:
+    """Raise InputError unless the outputs of a model are finite."""
+    if not finite(outputs):
+        raise InputError("the model's outputs are not finite for some inputs: look for overflow")
+
+
 def finite_gradients(gradients: Tensor) -> None:
     """Raise InputError unless gradients in the input, or what is made of them, are finite."""
     if not finite(gradients):

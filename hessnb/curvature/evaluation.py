@@ -48,8 +48,7 @@ def differentiable(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
     layout = torch.contiguous_format if x.dtype == torch.float64 else torch.preserve_format
     leaf = x.detach().clone(memory_format=layout).requires_grad_()
     logits = forward(leaf.clone())  # a copy, since networks may work in place
-    if not checks.finite(logits.detach()):
-        raise InputError("the model's outputs are not finite for some inputs: look for overflow")
+    checks.finite_outputs(logits.detach())
     if not logits.requires_grad:
         raise InputError("the model's outputs cannot be differentiated: look for detach() or no_grad() inside of it")
     return leaf, logits

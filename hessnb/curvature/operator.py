@@ -22,7 +22,7 @@ from hessnb.curvature import checks
 from hessnb.curvature.double_backward import cheap_double_backward, suits
 from hessnb.curvature.memory import available_memory, held_bytes
 from hessnb.errors import InputError
-from hessnb.models import eval_mode
+from hessnb.models import cuda_devices, eval_mode
 from hessnb.precision import full_precision
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class CurvatureOperator(ABC):
         self._in_place = False
 
         # Reading the data and trying out the model may draw random numbers; nobody else shall notice.
-        with self._evaluation(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with self._evaluation(), torch.random.fork_rng(cuda_devices(model)):
             every, again = checks.read_twice(batches)
             pairs = every if samples is None else _select(every, samples)
             self.n_samples = sum(len(x) for x, _ in pairs)
