@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessnb.curvature.checks import independent_samples, is_mean, varied
 from hessnb.errors import InputError, unknown
-from hessnb.models import architecture, cuda_devices, inference, settings
+from hessnb.identity import of_loss, of_network, tensors
+from hessnb.models import cuda_devices, inference
 from hessnb.points import Point, PointFile, Values, digest
 from hessnb.precision import full_precision
 
@@ -140,10 +140,10 @@ def between(
     _check_same_architecture(first, second)
     for x in batches:
         _check_fits(first, "statistics", x)
-    network, ends = deepcopy(first).eval(), _tensors(second)
+    network, ends = deepcopy(first).eval(), tensors(second)
     lines = [
         (name, here, here.clone(), ends[name])
-        for name, here in _tensors(network).items()
+        for name, here in tensors(network).items()
         # What is equal stays: between two infinite entries, say of a mask, there is only NaN.
         if here.is_floating_point() and not torch.equal(here, ends[name])
     ]
@@ -162,7 +162,7 @@ def between(
         if batches:
             _estimate_statistics(network, batches)
 
-    identity = [*_identity(first), *_identity(second), batch_norm, *batches]
+    identity = [*of_network(first), *of_network(second), batch_norm, *batches]
     return _survey(network, move, identity, loss_fn, data, (positions,), keep, progress)
 
 
@@ -219,7 +219,7 @@ def _span(model: nn.Module, directions: Sequence[Tensor]) -> tuple[nn.Module, Mo
         for parameter, part in _paired(network, theta):
             parameter.copy_(part)
 
-    return network, move, [*_identity(model), *spans]
+    return network, move, [*of_network(model), *spans]
 
 
 def _survey(
@@ -238,7 +238,7 @@ def _survey(
     file, values = None, dict[Point, Values]()
     if keep is not None:
         contents = [part for name, a in data.items() for part in (name, *itertools.chain.from_iterable(a.batches))]
-        file = PointFile(Path(keep), digest([*identity, *_of_loss(loss_fn), *contents]))
+        file = PointFile(Path(keep), digest([*identity, *of_loss(loss_fn), *contents]))
         values = file.read(list(data))
     missing = [point for point in dict.fromkeys(points) if point not in values]
     total = len(set(points))
@@ -382,25 +382,6 @@ def _estimate_statistics(network: nn.Module, batches: list[Tensor]) -> None:
         reached.get_buffer("running_var").copy_(squares / (n - 1))
 
 
-def _identity(model: nn.Module) -> list[object]:
-    """Return what makes a network what it is: its layers, their settings, and parameters and buffers with names."""
-    return [*architecture(model), *itertools.chain.from_iterable(_tensors(model).items())]
-
-
-def _of_loss(loss_fn: LossFunction) -> list[object]:
-    """Return what can be seen of a loss function."""
-    if isinstance(loss_fn, nn.Module):
-        return [type(loss_fn).__qualname__, *_identity(loss_fn)]
-    if isinstance(loss_fn, partial):
-        return [*_of_loss(loss_fn.func), *settings("", (loss_fn.args, loss_fn.keywords))]
-    return [getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__)]
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers by name, detached: what is written to them is written to the model."""
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
 def _paired(model: nn.Module, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each parameter with its part of a flat vector (n,), a view of its shape."""
     parameters = list(model.parameters())
@@ -450,7 +431,7 @@ def _check_fits(model: nn.Module, what: str, x: Tensor, y: Tensor | None = None)
 
 def _check_same_architecture(first: nn.Module, second: nn.Module) -> None:
     one, other = (
-        {name: f"{tuple(a.shape)} {a.dtype} on {a.device}" for name, a in _tensors(model).items()}
+        {name: f"{tuple(a.shape)} {a.dtype} on {a.device}" for name, a in tensors(model).items()}
         for model in (first, second)
     )
     for name in one | other:

@@ -6,7 +6,7 @@ fixed statistics), which is what Theorem 2.1 needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -87,33 +87,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def architecture(model: nn.Module) -> list[object]:
-    """Return what a network is beside its parameters and buffers: its layers and the settings that they hold.
-
-    Settings are the numbers, texts, tensors and functions (by their names) among a layer's attributes, also in lists,
-    tuples and dictionaries. What `hessnb.points.digest` makes of it is alike for networks that are alike.
-    """
-    found: list[object] = [repr(model)]
-    for place, module in model.named_modules():
-        own = {name: value for name, value in sorted(vars(module).items()) if name not in _EVERY_LAYERS}
-        found += settings(place, own)
-    return found
-
-
-# The attributes that PyTorch itself gives every layer.
-_EVERY_LAYERS = vars(nn.Module()).keys()
-
-
-def settings(place: str, value: object) -> list[object]:
-    """Return the places and values of all settings in an attribute; see `architecture`."""
-    if isinstance(value, Mapping):
-        return [part for name, item in value.items() for part in settings(f"{place}.{name}", item)]
-    if isinstance(value, list | tuple):
-        return [part for i, item in enumerate(value) for part in settings(f"{place}.{i}", item)]
-    told = getattr(value, "__qualname__", value)
-    return [place, told] if isinstance(told, bool | int | float | complex | str | torch.dtype | Tensor | None) else []
 
 
 @contextmanager
