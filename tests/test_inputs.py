@@ -33,7 +33,7 @@ from hessnb.curvature import (
     inputs,
     is_piecewise_linear,
 )
-from hessnb.curvature.evaluation import differentiable, evaluation, twice_differentiable
+from hessnb.curvature.evaluation import cheapened, differentiable, evaluation
 from hessnb.data import Splits, load
 from hessnb.errors import InputError
 from hessnb.models import build
@@ -634,7 +634,7 @@ def test_products_go_through_cheap_layers_where_these_suit_the_network(kind: str
     v = normal(5, 64)
     for model, suited in (network(kind), kind != "same"), (Checkpointed(kind), False):
         with evaluation(model):  # which what is called again in the backward pass needs as well
-            leaf, logits = differentiable(twice_differentiable(model, x), x)
+            leaf, logits = differentiable(cheapened(model, x, 2), x)
             torch.testing.assert_close(logits, model(x), rtol=1e-13, atol=1e-13)
             assert has_cheap_layers(logits) == suited
             product = input_lanczos.input_products(leaf, logits, y)(v)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hessnb.curvature import checks
-from hessnb.curvature.double_backward import cheap_double_backward, suits
+from hessnb.curvature.cheap_layers import cheap_layers, suits
 from hessnb.curvature.memory import held_bytes
 from hessnb.errors import InputError
 from hessnb.models import cuda_devices, eval_mode
@@ -71,30 +71,30 @@ def in_float64(model: nn.Module, x: Tensor) -> tuple[Forward, torch.dtype]:
     return forward, torch.float64
 
 
-def twice_differentiable(forward: Forward, x: Tensor) -> Forward:
-    """Return the network with layers whose gradients are cheap to differentiate again, if they suit it.
+def cheapened(forward: Forward, x: Tensor, derivatives: int) -> Forward:
+    """Return the network with layers that are cheap to evaluate and differentiate, once or twice, if they suit it.
 
     They do not where it calls itself again in the backward pass, as checkpoints do, or is written with functional
-    transforms, which cannot see through them: where second derivatives at the samples x (N, ...), of which one or two
-    are enough, are not those of the network as it stands, it is returned so.
+    transforms, which cannot see through them: where the first or second ``derivatives`` at the samples x (N, ...), of
+    which one or two are enough, are not those of the network as it stands, it is returned so.
     """
 
     def cheap(x: Tensor) -> Tensor:
-        with cheap_double_backward():
+        with cheap_layers():
             return forward(x)
 
-    def bent(network: Forward) -> Tensor:
+    def probe(network: Forward) -> Tensor:
         leaf, logits = differentiable(network, x)
         generator = torch.Generator().manual_seed(0)
         weights, direction = (torch.randn(t.shape, generator=generator).to(t) for t in (logits, leaf))
         # Of a function that bends although its pieces may be straight.
         bending = (weights * logits).sum(1).sin().sum()
-        (slope,) = torch.autograd.grad(bending, leaf, create_graph=True, materialize_grads=True)
+        (slope,) = torch.autograd.grad(bending, leaf, create_graph=derivatives == 2, materialize_grads=True)
         if not slope.requires_grad:
             return slope
         return torch.autograd.grad(slope, leaf, direction, materialize_grads=True)[0]
 
-    return cheap if suits(lambda: bent(cheap), lambda: bent(forward)) else forward
+    return cheap if suits(lambda: probe(cheap), lambda: probe(forward)) else forward
 
 
 def cross_entropy_in_differences(logits: Tensor, y: Tensor) -> Tensor:

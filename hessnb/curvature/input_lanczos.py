@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hessnb.curvature.evaluation import (
+    cheapened,
     cross_entropy_in_differences,
     differentiable,
     evaluation,
     in_chunks,
     in_float64,
-    twice_differentiable,
 )
 from hessnb.errors import InputError
 
@@ -42,7 +42,7 @@ def eigenvalues_by_lanczos(
 
     with evaluation(model):
         forward, dtype = in_float64(model, x)
-        forward = twice_differentiable(forward, x[:2].to(dtype))
+        forward = cheapened(forward, x[:2].to(dtype), 2)
         for part, target in in_chunks(model, x, labels, memory // 2, d * 8 * (4 * k + 40)):
             start = torch.randn(len(part), k, d, dtype=torch.float64, generator=generator).to(x.device)
             products = input_products(*differentiable(forward, part.to(dtype)), target)
@@ -60,7 +60,7 @@ def solve_by_lanczos(
     solved, start = [], 0
     with evaluation(model):
         forward, dtype = in_float64(model, x)
-        forward = twice_differentiable(forward, x[:2].to(dtype))
+        forward = cheapened(forward, x[:2].to(dtype), 2)
         eps = x[0].numel() * torch.finfo(dtype).eps
         for part, target in in_chunks(model, x, labels, memory // 2, x[0].numel() * 8 * 100):
             right = g[start : start + len(part)].flatten(1).double()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hessnb.curvature import checks
-from hessnb.curvature.double_backward import cheap_double_backward, suits
+from hessnb.curvature.cheap_layers import cheap_layers, suits
 from hessnb.curvature.memory import available_memory, held_bytes
 from hessnb.errors import InputError
 from hessnb.models import cuda_devices, eval_mode
@@ -168,7 +168,7 @@ class CurvatureOperator(ABC):
             yield
 
     def _layers(self, *, fixed: bool = False) -> AbstractContextManager[object]:
-        return cheap_double_backward(fixed=fixed) if self._cheap else nullcontext()
+        return cheap_layers(fixed=fixed) if self._cheap else nullcontext()
 
     def _is_cheap_right(self) -> bool:
         """Return whether cheap layers give the same product as PyTorch's own, on a sample or two.

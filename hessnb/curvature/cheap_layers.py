@@ -3,9 +3,10 @@
 PyTorch can differentiate the gradient of a convolution, a max-pooling, a ReLU and a batch normalisation, but pays more
 than the arithmetic asks for: the weights' part of a convolution runs as a convolution whose kernel is as large as the
 image, pooling and ReLU add tensors of zeros for derivatives that vanish, and eval-mode batch normalisation goes
-through the formula for batch statistics. Inside `cheap_double_backward` these functions are replaced by ones with the
-same values and first derivatives, whose second derivatives are the six convolutions of a convolution (Pearlmutter,
-1994, counts them), a gather, a mask, and an affine map. Anything else is left to PyTorch.
+through the formula for batch statistics. Inside `cheap_layers` these functions are replaced by ones with the same
+values and first derivatives, whose second derivatives are the six convolutions of a convolution (Pearlmutter, 1994,
+counts them), a gather, a mask, and an affine map. Float64 convolutions on a CPU are those of `hessnb.curvature.kernels`
+besides. Anything else is left to PyTorch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
+from hessnb.curvature.kernels import Geometry, convolution
+
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _max_pool = torch.ops.aten.max_pool2d_with_indices.default
 _max_pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
@@ -31,16 +34,12 @@ def _apply(function: type[Function], *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-# stride, padding, dilation, transposed, output padding, groups: as torch.convolution takes them
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, tuple[int, ...], int]
-
-
 class _Convolution(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, fixed: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.fixed = geometry, fixed
-        return torch.convolution(x, weight, bias, *geometry)
+        return convolution(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,9 +68,9 @@ class _ConvolutionGradient(Function):
         geometry = ctx.geometry
         of_grad = of_x = of_weight = None
         if ctx.needs_input_grad[0] and along_x is not None:
-            of_grad = torch.convolution(along_x, weight, None, *geometry)
+            of_grad = convolution(along_x, weight, None, geometry)
         if ctx.needs_input_grad[0] and along_weight is not None:
-            through_weight = torch.convolution(x, along_weight, None, *geometry)
+            through_weight = convolution(x, along_weight, None, geometry)
             of_grad = through_weight if of_grad is None else of_grad + through_weight
         if ctx.needs_input_grad[1] and along_weight is not None:
             of_x = _convolution_backward(grad, x, along_weight, None, *geometry, (True, False, False))[0]
@@ -208,8 +207,8 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-class cheap_double_backward(TorchFunctionMode):  # noqa: N801 - a context manager, used as one
-    """Within this context, networks are evaluated by functions whose gradients are cheap to differentiate again.
+class cheap_layers(TorchFunctionMode):  # noqa: N801 - a context manager, used as one
+    """Within this context, networks are evaluated by functions that are cheap, and whose gradients are too.
 
     Values and first derivatives are PyTorch's own up to rounding; derivatives of any order are right. Arguments that
     the replacements do not handle (in-place ReLU, padding by name, train-mode batch normalisation) go to PyTorch.

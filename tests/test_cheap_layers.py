@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from networks import NETWORKS, network, samples
 from torch import Tensor, nn
 
-from hessnb.curvature.double_backward import cheap_double_backward
+from hessnb.curvature.cheap_layers import cheap_layers
 
 CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (torch.conv1d, torch.conv2d, torch.conv3d)
 
@@ -31,7 +31,7 @@ def derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, ch
     Inputs that are of no floating dtype, or do not require gradients in ``inputs``, are constants.
     """
     inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
-    with cheap_double_backward() if cheap else nullcontext():
+    with cheap_layers() if cheap else nullcontext():
         value = function(*inputs)
     variables = [t for t in inputs if t.requires_grad]
     grad = normal(*value.shape, seed=1).requires_grad_()
@@ -128,7 +128,7 @@ def test_convolutions_of_any_geometry_have_pytorchs_derivatives(convolution: Con
 def test_sizes_are_numbers_lists_or_tuples_as_pytorch_takes_them(arguments: dict[str, Any]) -> None:
     convolution = Convolution((2, 2, 7, 6), (3, 2, 3, 2), arguments=arguments)
     assert_derivatives_agree(convolution, *convolution.tensors())
-    with cheap_double_backward():
+    with cheap_layers():
         assert is_cheap(convolution(*convolution.tensors()))
 
 
@@ -143,7 +143,7 @@ def test_sizes_are_numbers_lists_or_tuples_as_pytorch_takes_them(arguments: dict
     ids=["1-D", "2-D", "3-D", "circular"],
 )
 def test_modules_use_the_replacement(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    with cheap_double_backward():
+    with cheap_layers():
         assert is_cheap(layer.double()(normal(*shape)))
     names = [name for name, _ in layer.named_parameters()]
     assert_derivatives_agree(
@@ -164,7 +164,7 @@ def test_modules_use_the_replacement(layer: nn.Module, shape: tuple[int, ...]) -
 )
 def test_numerical_differentiation_confirms_convolutions(convolution: Convolution) -> None:
     def cheap(*inputs: Tensor) -> Tensor:
-        with cheap_double_backward():
+        with cheap_layers():
             return convolution(*inputs)
 
     inputs = tuple(convolution.tensors())
@@ -216,7 +216,7 @@ def test_pooling_modules_have_pytorchs_derivatives_for_any_strides(pool: nn.Modu
     assert_derivatives_agree(lambda x: pool(x.sin().contiguous(memory_format=torch.channels_last)), x)
     assert_derivatives_agree(lambda x: pool(x.sin().mT), x)
     assert_derivatives_agree(lambda x: pool(x[:, :1].sin().expand(2, 3, 7, 6)), x)
-    with cheap_double_backward():
+    with cheap_layers():
         assert is_cheap(pool(x))
 
 
@@ -236,7 +236,7 @@ RELUS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_relu_has_pytorchs_derivatives_at_zero_too(name: str) -> None:
     x = variables(torch.cat([normal(20), torch.zeros(3, dtype=torch.float64)]))[0]
     assert_derivatives_agree(lambda x: RELUS[name](x * (x + 1)), x)
-    with cheap_double_backward():
+    with cheap_layers():
         assert is_cheap(RELUS[name](x))
 
 
@@ -283,7 +283,7 @@ def test_numerical_differentiation_confirms_pooling_relu_and_normalisation() -> 
     norm(normal(1, 2, 4, 4))
 
     def cheap(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        with cheap_double_backward():
+        with cheap_layers():
             x = F.batch_norm(x.tanh(), norm.running_mean, norm.running_var, weight, bias)
             return F.relu(F.max_pool2d(x, 3, 2, 1)).square()
 
@@ -310,7 +310,7 @@ def test_networks_have_pytorchs_derivatives(kind: str) -> None:
 
 def pulled_back(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return u and J^T u, with the gradients of convolutions as functions of u alone."""
-    with cheap_double_backward(fixed=True):
+    with cheap_layers(fixed=True):
         value = function(*inputs)
     u = normal(*value.shape, seed=1).requires_grad_()
     return u, torch.autograd.grad(value, inputs, u, create_graph=True, materialize_grads=True)
@@ -342,7 +342,7 @@ def test_fixed_gives_the_jacobian_and_its_transpose(kind: str) -> None:
 def test_fixed_gives_the_jacobian_of_convolutions_of_any_geometry(convolution: Convolution) -> None:
     inputs = convolution.tensors()
     chosen = [t for t in inputs if t.requires_grad]
-    with cheap_double_backward(fixed=True):
+    with cheap_layers(fixed=True):
         value = convolution(*inputs)
     u = torch.zeros_like(value, requires_grad=True)
     pulled = torch.autograd.grad(value, chosen, u, create_graph=True)
@@ -361,7 +361,7 @@ def test_fixed_gives_the_jacobian_of_convolutions_of_any_geometry(convolution: C
 @pytest.mark.parametrize("function", [F.relu, lambda x: F.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 3, 2, 1)])
 def test_derivatives_that_vanish_are_left_out(function: Callable[[Tensor], Tensor]) -> None:
     (x,) = variables(normal(2, 1, 5, 5))
-    with cheap_double_backward():
+    with cheap_layers():
         value = function(x)
     grad = torch.ones_like(value, requires_grad=True)
     (first,) = torch.autograd.grad(value, x, grad, create_graph=True)
@@ -380,7 +380,7 @@ def test_derivatives_that_vanish_are_left_out(function: Callable[[Tensor], Tenso
 def test_relu_in_place_changes_its_input(relu: Callable[[Tensor], Tensor]) -> None:
     x = normal(6)
     expected = x.clamp(min=0)
-    with cheap_double_backward():
+    with cheap_layers():
         result = relu(x)
     assert result is x
     assert torch.equal(x, expected)
@@ -394,7 +394,7 @@ def test_relu_in_place_changes_its_input(relu: Callable[[Tensor], Tensor]) -> No
 def test_padding_by_name_is_pytorchs(padding: str, dims: int) -> None:
     convolution = Convolution((2, 2, *(5,) * dims), (2, 2, *(3,) * dims), arguments={"padding": padding})
     assert_derivatives_agree(convolution, *convolution.tensors())
-    with cheap_double_backward():
+    with cheap_layers():
         assert not is_cheap(convolution(*convolution.tensors()))
 
 
@@ -402,7 +402,7 @@ def test_padding_by_name_is_pytorchs(padding: str, dims: int) -> None:
 def test_inputs_without_a_batch_are_pytorchs(dims: int) -> None:
     convolution = Convolution((1, 2, *(5,) * dims), (4, 2, *(3,) * dims))
     x, weight, bias = convolution.tensors()
-    with cheap_double_backward():
+    with cheap_layers():
         found = convolution(x[0], weight, bias)
     assert not is_cheap(found)
     torch.testing.assert_close(found, convolution(x, weight, bias)[0], rtol=1e-13, atol=1e-13)
@@ -413,7 +413,7 @@ def test_inputs_without_a_batch_are_pytorchs(dims: int) -> None:
 def test_pooling_with_indices_is_pytorchs(function: Callable[..., Any]) -> None:
     arguments: dict[str, Any] = {} if isinstance(function, nn.Module) else {"kernel_size": 2, "return_indices": True}
     x = variables(normal(2, 2, 6, 6))[0]
-    with cheap_double_backward():
+    with cheap_layers():
         values, indices = function(x, **arguments)
     expected = function(x, **arguments)
     assert torch.equal(values, expected[0])
@@ -424,7 +424,7 @@ def test_pooling_with_indices_is_pytorchs(function: Callable[..., Any]) -> None:
 def test_batch_normalisation_by_batch_statistics_is_pytorchs_and_updates_the_running_ones() -> None:
     x = normal(4, 3, 2)
     cheap, plain = nn.BatchNorm1d(3).double(), nn.BatchNorm1d(3).double()
-    with cheap_double_backward():
+    with cheap_layers():
         found = cheap(x)
     torch.testing.assert_close(found, plain(x), rtol=1e-13, atol=1e-13)
     assert float(plain.get_buffer("running_mean").norm()) > 0
@@ -437,7 +437,7 @@ def test_batch_normalisation_by_batch_statistics_is_pytorchs_and_updates_the_run
 
 def test_other_functions_are_pytorchs() -> None:
     x, weight = variables(normal(2, 2, 5, 5), normal(2, 2, 3, 3, seed=1))
-    with cheap_double_backward():
+    with cheap_layers():
         for t in (
             F.conv_transpose2d(x, weight),
             F.avg_pool2d(x, 2),
@@ -477,15 +477,15 @@ def test_arguments_may_be_given_by_name(name: str) -> None:
 def test_dtypes_and_constants_stay_as_they_are() -> None:
     x, weight = normal(2, 2, 5, 5), normal(2, 2, 3, 3, seed=1)
     for dtype in (torch.float32, torch.float64):
-        with cheap_double_backward():
+        with cheap_layers():
             out = F.relu(F.max_pool2d(F.conv2d(x.to(dtype), weight.to(dtype)), 2))
         assert out.dtype == dtype
         assert not out.requires_grad
-    with cheap_double_backward():
+    with cheap_layers():
         assert torch.equal(torch.relu(torch.arange(-2, 3)), torch.tensor([0, 0, 0, 1, 2]))
-    with pytest.raises(RuntimeError), cheap_double_backward():
+    with pytest.raises(RuntimeError), cheap_layers():
         F.conv2d(x, weight.float())
-    with pytest.raises(RuntimeError), cheap_double_backward():
+    with pytest.raises(RuntimeError), cheap_layers():
         F.conv2d(x, weight[:, :1])
 
 
@@ -495,9 +495,9 @@ def test_dtypes_and_constants_stay_as_they_are() -> None:
 def test_the_mode_is_off_outside_and_after_an_error_and_gradients_may_be_taken_inside() -> None:
     x = variables(normal(1, 1, 4, 4))[0]
     assert not is_cheap(F.relu(x))
-    with cheap_double_backward():
+    with cheap_layers():
         assert is_cheap(F.relu(x))
-        with cheap_double_backward(fixed=True):
+        with cheap_layers(fixed=True):
             assert is_cheap(F.relu(x))
         assert is_cheap(F.relu(x))
         (inside,) = torch.autograd.grad(F.relu(x.square() - 1).sum(), x, create_graph=True)
@@ -506,15 +506,15 @@ def test_the_mode_is_off_outside_and_after_an_error_and_gradients_may_be_taken_i
     (outside,) = torch.autograd.grad(F.relu(x.square() - 1).sum(), x, create_graph=True)
     (outside,) = torch.autograd.grad(outside.sum(), x)
     assert torch.equal(inside, outside)
-    with pytest.raises(ZeroDivisionError), cheap_double_backward():
+    with pytest.raises(ZeroDivisionError), cheap_layers():
         raise ZeroDivisionError
-    with pytest.raises(RuntimeError), cheap_double_backward():
+    with pytest.raises(RuntimeError), cheap_layers():
         F.conv2d(x, x[:, :, :0])
     assert not is_cheap(F.relu(x))
 
 
 def test_pooling_takes_sizes_of_numpy() -> None:
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
-    with cheap_double_backward():
+    with cheap_layers():
         found = nn.MaxPool2d(np.int64(2))(x)  # type: ignore[arg-type]
     assert torch.equal(found, F.max_pool2d(x, 2))
