@@ -211,6 +211,10 @@ def test_correlations_within_a_batch_size_leave_out_what_it_explains(outcomes: l
     alone = network(32, 0, 20, 10.0)
     rows = large_batch.correlations_within([*made, alone], 0.01, name="tab-z", caption="c").rows
     assert rows[1] == ("M1", "test", "3 + 3", "too few", "1.00 (p = 0.056)", "1.00 (p = 0.056)")
+    without = [*made[:5], replace(made[5], measurements={})]
+    rows = large_batch.correlations_within(without, 0.01, name="tab-z", caption="c").rows
+    assert rows[1][2] == "3", "a group of two has no order to speak of"
+    assert large_batch.correlations(without, 0.01, name="tab-z", caption="c").rows[1][2] == "5"
     (_, few) = large_batch.correlations_within([alone], 0.01, name="tab-z", caption="c").rows
     assert few == ("M1", "test", "too few", "too few", "too few", "too few")
 

@@ -243,8 +243,15 @@ def test_strong_table_has_an_interval_for_one_network_and_says_what_is_missing(s
         (table.rows[0], table.rows[2]), (live[0].task.measures[:3], live[0].task.measures[3:]), strict=True
     ):
         for cell, measure in zip(row[4:], measures, strict=True):
-            assert cell.startswith(f"{100 * live[0].measurements[measure].values['accuracy']:.0f} (")
+            assert cell.startswith(f"{100 * live[0].measurements[measure].values['accuracy']:.1f} (")
     assert table.rows[-1][2] == NOT_MEASURED
+    (measure, *_) = live[0].task.measures
+    assert isinstance(measure, AttackAccuracy)
+    larger = measure.model_copy(update={"attack": measure.attack.model_copy(update={"eps": 0.5})})
+    others = Outcome(replace(live[0].task, measures=(larger,)), live[0].result, {larger: live[0].measurements[measure]})
+    of_another_size = beyond.strong(live, [others], name="tab-x", caption="a caption").rows[-1]
+    assert of_another_size[:3] == ("record", "0.5", "ORI")
+    assert of_another_size[5:] == ("–", "–")
     several = beyond.strong([live[0], live[0]], live, name="tab-x", caption="a caption")
     assert "±" in several.rows[0][4]
     assert [row[:3] for row in several.rows] == [
@@ -287,6 +294,12 @@ def test_sweep_tells_how_a_training_failed(store: Store, how: str) -> None:
     assert table.rows[0][5] == f"{live[0].eigenvalues('train')[0]:.3g}"
     assert table.rows[1] == ("0.05", "20", "live", how, "–", "–", "–")
     assert table.rows[2][0] == NOT_MEASURED
+    slow = Outcome(live[1].task, live[0].result, live[0].measurements)
+    (row, *_) = beyond.sweep(
+        [slow, Outcome(live[1].task, failed, {})], [], beyond.learning_rate, "Rate", name="tab-x", caption="a caption"
+    ).rows
+    assert live[0].result is not None
+    assert row[3] == f"{len(live[0].result.history)}, 1 {how}"
     variants = beyond.sweep(
         computed(store, "silent_input"), [], beyond.variant, "Inputs", name="tab-x", caption="a caption"
     )

@@ -42,7 +42,7 @@ from hessnb.paper import (
 )
 from hessnb.paper.claims import Claim, assess
 from hessnb.paper.published import published
-from hessnb.paper.recorded import Recorded, from_record
+from hessnb.paper.recorded import Recorded, from_record, fullest
 from hessnb.paper.tables import Table
 from hessnb.paper.verdicts import Part, Region, Verdict
 from hessnb.statistics import Interval, difference, mean
@@ -296,6 +296,18 @@ def test_accuracies_of_three_seeds_are_compared_over_seeds() -> None:
     assert part.interval == over_seeds, "wider than that of as many test samples"
 
 
+def test_accuracies_are_compared_on_the_seeds_that_have_both() -> None:
+    columns = {"seed": [0, 1, 0], "training": ["ORI", "ORI", "FGSM"], "clean": [99.0, 90.0, 98.0]}
+    (part,) = evidence.accuracy_difference(frame(**columns), pairs=[["ORI/clean", "FGSM/clean"]])
+    assert part.n == 1
+    assert part.interval is not None
+    assert part.interval.value == pytest.approx(1.0), "not that of 94.5 to 98, whose networks are not of one origin"
+    assert part.numbers == "99 and 98"
+    apart = {"seed": [1, 0], "training": ["ORI", "FGSM"], "clean": [90.0, 98.0]}
+    (none,) = evidence.accuracy_difference(frame(**apart), pairs=[["ORI/clean", "FGSM/clean"]])
+    assert (none.n, none.interval) == (0, None)
+
+
 def test_seeds_that_agree_do_not_make_up_for_few_test_samples() -> None:
     columns = {"seed": [0, 1, 2] * 2, "training": ["ORI"] * 3 + ["FGSM"] * 3, "clean": [90.1] * 3 + [90.0] * 3}
     (part,) = evidence.accuracy_difference(frame(**columns, n_test=1000), pairs=[["ORI/clean", "FGSM/clean"]])
@@ -328,7 +340,10 @@ def test_networks_of_further_seeds_take_no_verdict_away() -> None:
     )
     parts = labelled(evidence.ratio_to_original(rows, columns=["lambda*_train"]))
     assert interval_of(parts, "N all samples, seed 0").value == pytest.approx(0.5)
-    assert parts["N all samples, seed 1"].lacks == "1 measured, needs three networks"
+    assert len(parts) == 1, "a seed that has begun is no part of its own where there is a whole one"
+    rows["x"].loc[6 + 1, "training"] = "L2GRAD"
+    begun = labelled(evidence.ratio_to_original({"x": rows["x"][6:]}, columns=["lambda*_train"]))
+    assert begun["N all samples, seed 1"].lacks == "1 measured, needs three networks"
 
 
 def test_relative_change_can_pass_through_zero() -> None:
@@ -351,6 +366,27 @@ def test_drop_is_from_the_best_batch_size_and_needs_the_largest() -> None:
     )
     assert open_.interval is None
     assert "the largest among them" in open_.lacks
+
+
+def test_drop_is_over_the_seeds_that_have_the_largest_batch_size() -> None:
+    values = {
+        "batch_size": [1, 2, 4, 8, 1, 2],
+        "seed": [0, 0, 0, 0, 1, 1],
+        "accuracy_test": [90.0, 95.0, 94.0, 85.0, 99.0, 90.0],
+        "n_test": 10_000,
+    }
+    (part,) = evidence.drop_after_peak(frame(**values), column="accuracy_test")
+    assert part.interval is not None
+    assert part.interval.value == pytest.approx(10)
+    assert part.numbers == "1: 90; 2: 95; 4: 94; 8: 85"
+
+
+def test_accuracy_that_rises_to_the_largest_batch_size_does_not_fall() -> None:
+    values = {"batch_size": [1, 2, 4, 8], "accuracy_test": [60.0, 70.0, 80.0, 90.0], "n_test": 10_000}
+    (part,) = evidence.drop_after_peak(frame(**values), column="accuracy_test")
+    assert part.interval is not None
+    assert part.interval.value == pytest.approx(-10)
+    assert BY_ID["accuracy-falls"].holds.region().judge(part.interval) == Verdict.FAILS
 
 
 def test_differences_of_accuracies_are_in_points_and_each_pair_once() -> None:
@@ -535,6 +571,20 @@ def test_smaller_scale_steps_in_for_a_network_that_was_not_measured_and_says_so(
     assert {o.task.spec.model.name for o in from_record("table1", network="C2", folder=tmp_path)} == {"C2"}
 
 
+def test_network_that_is_trained_and_not_measured_yet_hides_no_measured_one(tmp_path: Path) -> None:
+    own, smaller = (
+        [t for t in tasks_of("table1", profile) if t.spec.model.name == "C1"] for profile in ("paper", "laptop")
+    )
+    for task in smaller[:2]:
+        write(tmp_path, "laptop", task, 1)
+    write(tmp_path, "paper", own[0], 0)
+    write(tmp_path, "paper", own[1], 1)
+    assert {o.profile for o in from_record("table1", network="C1", folder=tmp_path) if o.result} == {"laptop"}
+    write(tmp_path, "paper", own[2], 1)
+    found = from_record("table1", network="C1", folder=tmp_path)
+    assert [o.profile for o in found if o.result] == ["paper"] * 3, "as many are measured at the paper's own scale"
+
+
 def test_papers_specification_counts_wherever_it_was_recorded_and_the_fuller_one_wins(tmp_path: Path) -> None:
     first, second = tasks_of("table7", "paper")[:2]
     write(tmp_path, "laptop", first, 2)
@@ -583,6 +633,33 @@ def test_recorded_table_shows_what_is_to_be_added_to_and_multiplied_with_the_pap
     assert table.rows[0][accuracies] == f"−{-below:.2f} (+{above:.2f})"
     assert table.rows[0][ratios] == "× 2.00 (× 2.00)"
     assert table.rows[1][ratios] == "× 1.00 (× 1.00)"
+
+
+def test_row_counts_the_seeds_that_its_cells_are_of_and_the_trainings_that_failed() -> None:
+    first = invented("table7")[0]
+    assert first.result is not None
+    epochs = first.result.history * 30
+    failed = replace(first, result=replace(first.result, status="failed", history=epochs), measurements={})
+    unmeasured = replace(first, measurements={})
+
+    def cells(outcomes: list[Recorded]) -> dict[str, str]:
+        table = large_batch.curvature("table7", outcomes, name="tab-x", caption="a caption")
+        return dict(zip(table.header, table.rows[0], strict=True))
+
+    assert cells([first, first, first])["Seeds"] == "3"
+    assert cells([first, first, unmeasured])["Seeds"] == "2 to 3"
+    told = cells([first, first, failed])
+    assert (told["Seeds"], told["Epochs"]) == ("2, 1 failed", "1 ± 0")
+    assert cells([failed])["Seeds"] == "0, 1 failed"
+    attacked = large_batch.robustness("table7", [first, unmeasured], name="tab-x", caption="a caption")
+    assert {row[attacked.header.index("Seeds")] for row in attacked.rows} == {"1"}
+
+
+def test_fullest_outcomes_are_those_with_the_most_measures() -> None:
+    first, second, third = invented("table7")[:3]
+    less = replace(third, measurements=dict(list(third.measurements.items())[:1]))
+    assert fullest([less, first, second]) == [first, second]
+    assert fullest([]) == []
 
 
 def test_recorded_table_says_where_each_number_comes_from() -> None:
@@ -652,6 +729,25 @@ def test_transfer_table_shows_the_difference_in_its_brackets() -> None:
     table = adversarial.transfer("table3", [recorded_], name="tab-x", caption="a caption")
     assert table.rows[0][1] == "99.4 (99.3; +0.1)"
     assert table.rows[0][-1] == "paper"
+
+
+def test_mean_of_attacks_is_of_the_networks_that_were_measured_under_all() -> None:
+    (task, *_) = tasks_of("table3", "paper")
+    measures = {m.attack.method: m for m in task.measures if isinstance(m, AttackAccuracy) and m.source is None}
+
+    def network(accuracies: Mapping[str, float]) -> Recorded:
+        found: dict[Measure, Measurement] = {
+            measures[method]: Measurement(measures[method], {"accuracy": value}, PROVENANCE)
+            for method, value in accuracies.items()
+        }
+        return Recorded(task, run_result(task.spec), found, "paper")
+
+    whole = network(dict.fromkeys(ATTACKS, 0.5))
+    begun = network({"FGSM": 0.9})
+    table = adversarial.white_box("table3", [whole, begun], name="tab-x", caption="a caption")
+    told = dict(zip(table.header, table.rows[0], strict=True))
+    assert told["mean of attacks"] == "50.0"
+    assert told["FGSM"].startswith("70.0 ±")
 
 
 def test_address_of_the_repository_is_that_of_the_configuration(tmp_path: Path) -> None:

@@ -88,12 +88,12 @@ def _table(table: str, outcomes: Sequence[Outcome], name: str, caption: str, *, 
         for method in ATTACKS:
             found = [accuracy_under(o, method, white_box=white_box) for o in runs]
             columns[method] = [accuracy for accuracy in found if accuracy is not None]
-        attacked = [columns[method] for method in ATTACKS]
-        if all(len(column) == len(attacked[0]) for column in attacked):
-            columns["mean"] = [sum(seed) / len(seed) for seed in zip(*attacked, strict=True)]
+        attacked = ([accuracy_under(o, method, white_box=white_box) for method in ATTACKS] for o in runs)
+        # Of the networks that were measured under all of them, or the means would be of different attacks.
+        columns["mean"] = [statistics.fmean(of_run) for of_run in map(_complete, attacked) if of_run]
         cells = []
         for column in ("clean", *ATTACKS, "mean"):
-            shown = mean_and_spread(columns.get(column, []), "{:.1f}")
+            shown = mean_and_spread(columns[column], "{:.1f}")
             beside = (
                 "" if white_box or shown == NOT_MEASURED else _beside(columns[column], paper[column][network], runs)
             )
@@ -101,6 +101,12 @@ def _table(table: str, outcomes: Sequence[Outcome], name: str, caption: str, *, 
         rows.append((network, *cells, *((profiles(runs),) if from_record else ())))
     header = ("Network", "clean", *ATTACKS, "mean of attacks", *((PROFILE,) if from_record else ()))
     return Table(name, caption, header, tuple(rows), origins(outcomes))
+
+
+def _complete(values: Sequence[float | None]) -> list[float]:
+    """Return the values if all are there, else none."""
+    there = [value for value in values if value is not None]
+    return there if len(there) == len(values) else []
 
 
 def _beside(ours: Sequence[float], paper: float, runs: Sequence[Outcome]) -> str:

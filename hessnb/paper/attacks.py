@@ -25,7 +25,7 @@ from hessnb.experiments.store import Store
 from hessnb.models import inference
 from hessnb.paper.origins import origins
 from hessnb.paper.published import published
-from hessnb.paper.recorded import from_record, papers_own, recorded_as
+from hessnb.paper.recorded import from_record, fullest, papers_own, recorded_as
 from hessnb.paper.tables import Table, mean_and_spread
 from hessnb.robustness import accuracy, agreement, predictions
 from hessnb.statistics import Interval, proportion
@@ -45,13 +45,13 @@ def live_and_recorded(
 ) -> tuple[list[Outcome], list[Outcome]]:
     """Return what an artefact shows of one network, computing what the store lacks, and what the record holds of it.
 
-    See `hessnb.paper.recorded.from_record` for the record.
+    See `hessnb.paper.recorded.from_record` for the record; of its seeds those are taken that have the most measures.
 
     Raises InputError for an unknown name, and RunFailed when a training failed.
     """
     tasks = [t for t in artefact(name).tasks(load_profile(profile), seeds) if t.spec.model.name == network]
     live = all_trained(compute(Store(store), tasks, device=device))
-    return live, [outcome for outcome in from_record(name, network=network) if outcome.result]
+    return live, fullest([outcome for outcome in from_record(name, network=network) if outcome.result])
 
 
 def under(outcomes: Sequence[Outcome], method: str, **settings: object) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,10 +24,10 @@ from hessnb.experiments.store import Store
 from hessnb.landscape import random_direction
 from hessnb.paper.adversarial import network_name
 from hessnb.paper.attacks import clean
-from hessnb.paper.large_batch import accuracy, lambda1
+from hessnb.paper.large_batch import accuracy, lambda1, seeds
 from hessnb.paper.origins import origins
 from hessnb.paper.published import published
-from hessnb.paper.recorded import from_record, recorded_as
+from hessnb.paper.recorded import from_record, fullest, recorded_as
 from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
 from hessnb.sharpness import rescaled, stability_bound
 from hessnb.statistics import geometric_mean, proportion
@@ -178,14 +179,16 @@ def strong(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, cap
 
     One network's have Wilson's 95 % interval, several their mean and standard deviation.
     """
-    attacks = _attacks(live)
-    methods = dict.fromkeys(m.attack.method for m in attacks)
+    sources = [("live", live), (recorded_as(record), record)]
+    methods = list(dict.fromkeys(m.attack.method for _, outcomes in sources for m in _attacks(outcomes)))
     rows = []
-    for source, outcomes in (("live", live), (recorded_as(record), record)):
+    for source, outcomes in sources:
         names = dict.fromkeys(network_name(o.task.spec) for o in outcomes)
-        for eps, network in product(dict.fromkeys(m.attack.eps for m in attacks), names):
-            runs = [o for o in outcomes if network_name(o.task.spec) == network]
-            cells = [_under(runs, m) for m in _attacks(runs) if m.attack.eps == eps]
+        # A record may be of other sizes than what is shown live.
+        for eps, network in product(dict.fromkeys(m.attack.eps for m in _attacks(outcomes)), names):
+            runs = fullest([o for o in outcomes if network_name(o.task.spec) == network])
+            under = {m.attack.method: _under(runs, m) for m in _attacks(runs) if m.attack.eps == eps}
+            cells = [under.get(method, "–") for method in methods]
             rows.append((source, f"{eps:g}", network, mean_and_spread(clean(runs), "{:.1f}"), *cells))
     if not record:
         rows.append(("record", "–", NOT_MEASURED, *["–"] * (1 + len(methods))))
@@ -194,7 +197,7 @@ def strong(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, cap
 
 
 def _attacks(outcomes: Sequence[Outcome]) -> list[AttackAccuracy]:
-    return [m for m in outcomes[0].task.measures if isinstance(m, AttackAccuracy)]
+    return [m for o in outcomes[:1] for m in o.task.measures if isinstance(m, AttackAccuracy)]
 
 
 def _words(method: str) -> str:
@@ -207,7 +210,7 @@ def _under(outcomes: Sequence[Outcome], measure: AttackAccuracy) -> str:
         return mean_and_spread([100 * values["accuracy"] for values in found], "{:.1f}")
     n = found[0]["n_samples"]
     interval = proportion(round(found[0]["accuracy"] * n), n)
-    return f"{100 * interval.value:.0f} ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
+    return f"{100 * interval.value:.1f} ({100 * interval.low:.1f}–{100 * interval.high:.1f})"
 
 
 def spread(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, caption: str) -> Table:
@@ -222,7 +225,7 @@ def spread(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, cap
         sizes = sorted({o.task.spec.recipe.batch_size for o in outcomes})
         for size in sizes:
             runs = [o for o in outcomes if o.task.spec.recipe.batch_size == size]
-            rows.append((str(size), source, str(len(runs)), *_compared(runs, eps)))
+            rows.append((str(size), source, seeds(_values(runs, eps), runs), *_compared(runs, eps)))
         if len(sizes) > 1:
             ratios = _ratios(outcomes, sizes[0], sizes[-1])
             rows.append((f"{sizes[-1]} : {sizes[0]}", source, str(len(ratios)), "–", _ratio(ratios), "–"))
@@ -267,8 +270,8 @@ def sweep(
         for batch_size, chosen in keys:
             runs = [o for o in outcomes if (o.task.spec.recipe.batch_size, choice(o.task.spec)) == (batch_size, chosen)]
             epochs = [len(o.result.history) for o in runs if o.result and o.result.status == "done"]
-            told = mean_and_spread(epochs, "{:.0f}") if epochs else _failures(runs)
-            rows.append((chosen, str(batch_size), source, told, *_compared(runs, eps)))
+            told = ", ".join(filter(None, (mean_and_spread(epochs, "{:.0f}") if epochs else "", _failures(runs))))
+            rows.append((chosen, str(batch_size), source, told or NOT_MEASURED, *_compared(runs, eps)))
     if not record:
         rows.append((NOT_MEASURED, "–", "record", *["–"] * 4))
     header = (title, "Batch", "Run", "Epochs", "Test accuracy %", "λ₁", f"FGSM, {eps:g}")
@@ -276,9 +279,10 @@ def sweep(
 
 
 def _failures(runs: Sequence[Outcome]) -> str:
-    """Return how trainings failed: "diverged", "collapsed"."""
+    """Return how trainings failed, and how many where it was not all: "1 diverged"."""
     reasons = [o.result.reason.partition(":")[0] for o in runs if o.result and o.result.status == "failed"]
-    return ", ".join(dict.fromkeys(reason.removeprefix("training ") for reason in reasons)) or NOT_MEASURED
+    counted = Counter(reason.removeprefix("training ") for reason in reasons)
+    return ", ".join(reason if n == len(runs) else f"{n} {reason}" for reason, n in counted.items())
 
 
 def learning_rate(spec: RunSpec) -> str:
@@ -303,14 +307,15 @@ def under_fgsm(outcomes: Sequence[Outcome], eps: float) -> list[float]:
     ]
 
 
+def _values(outcomes: Sequence[Outcome], eps: float) -> list[list[float]]:
+    """Return accuracies, largest eigenvalues and accuracies under attack."""
+    return [accuracy(outcomes, "test"), lambda1(outcomes, "train"), under_fgsm(outcomes, eps)]
+
+
 def _compared(outcomes: Sequence[Outcome], eps: float) -> tuple[str, str, str]:
     """Return the cells of accuracy, largest eigenvalue and accuracy under attack."""
-    cells = (
-        (accuracy(outcomes, "test"), "{:.2f}"),
-        (lambda1(outcomes, "train"), "{:.3g}"),
-        (under_fgsm(outcomes, eps), "{:.1f}"),
-    )
     ended = any(o.result and o.result.status == "done" for o in outcomes)
+    cells = zip(_values(outcomes, eps), ("{:.2f}", "{:.3g}", "{:.1f}"), strict=True)
     first, second, third = (mean_and_spread(values, form) if ended else "–" for values, form in cells)
     return first, second, third
 

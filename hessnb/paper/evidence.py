@@ -82,19 +82,22 @@ def relative_change(frames: Frames, *, start: str, end: str) -> Iterator[Part]:
 
 
 def drop_after_peak(frames: Frames, *, column: str) -> Iterator[Part]:
-    """Fall of an accuracy from its best batch size to the largest, in points.
+    """Fall of an accuracy from the best of the smaller batch sizes to the largest, in points.
 
-    Widened for having chosen the best (Bonferroni); seeds and test samples as in `accuracy_difference`.
+    Of the seeds that were trained with the largest. Widened for having chosen the best (Bonferroni); seeds and test
+    samples as in `accuracy_difference`.
     """
     for network, rows in _networks(frames):
         known = rows[["batch_size", "seed", column, "n_test"]].dropna(subset=[column])
+        largest = rows["batch_size"].max()
+        known = known[known["seed"].isin(known.loc[known["batch_size"] == largest, "seed"])]
         means = known.groupby("batch_size")[column].mean()
         told = "; ".join(f"{size}: {value:.4g}" for size, value in means.items())
         found = None
-        if len(means) >= 3 and means.index.max() == rows["batch_size"].max():
-            best, last = (known[known["batch_size"] == size] for size in (means.idxmax(), means.index.max()))
-            cells = [part.set_index("seed")[column] for part in (best, last)]
-            found = _difference(cells[0], cells[1], int(known["n_test"].iloc[0]), comparisons=len(means) - 1)
+        if len(means) >= 3:
+            best = means.drop(largest).idxmax()
+            before, after = (known[known["batch_size"] == size].set_index("seed")[column] for size in (best, largest))
+            found = _difference(before, after, int(known["n_test"].iloc[0]), comparisons=len(means) - 1)
         lacks = "three batch sizes, the largest among them"
         yield _part(network, "best − largest batch", rows, known.index, len(means), found, told, lacks)
 
@@ -102,17 +105,19 @@ def drop_after_peak(frames: Frames, *, column: str) -> Iterator[Part]:
 def accuracy_difference(frames: Frames, *, pairs: list[list[str]]) -> Iterator[Part]:
     """Difference of two accuracies of Tables 3 and 4, "row/column" each, in points.
 
-    The interval is Newcombe's over test samples; of three seeds or more it also spans Student's over seeds.
-    ``{robust}`` and ``{any}`` stand for each robust and each network, ``{attack}`` for each attack.
+    The interval is Newcombe's over test samples; of three seeds or more it also spans Student's over seeds. Seeds that
+    have but one of the two are left out. ``{robust}`` and ``{any}`` stand for each robust and each network,
+    ``{attack}`` for each attack.
     """
     for network, rows in _networks(frames):
         for first, second in _expanded(pairs):
-            cells = [_cells(rows, *name.split("/")) for name in (first, second)]
+            cells = pd.concat([_cells(rows, *name.split("/")) for name in (first, second)], axis=1, join="inner")
+            one, other = (cells.iloc[:, i] for i in range(2))
             n = int(rows["n_test"].iloc[0])
-            found = _difference(cells[0], cells[1], n) if all(map(len, cells)) else None
-            told = " and ".join(f"{cell.mean():.4g}" for cell in cells if len(cell))
-            seeds = min(map(len, cells))
-            yield _part(network, f"{first} − {second}", rows, rows.index, seeds, found, told, "both accuracies")
+            found = _difference(one, other, n) if len(cells) else None
+            told = f"{one.mean():.4g} and {other.mean():.4g}" if len(cells) else ""
+            used = rows.index[rows["seed"].isin(cells.index)]
+            yield _part(network, f"{first} − {second}", rows, used, len(cells), found, told, "both accuracies")
 
 
 def share_with_negative(frames: Frames, *, samples: int, threshold: float) -> Iterator[Part]:
@@ -240,7 +245,8 @@ def _means(
 ) -> Iterator[Part]:
     """Return the average over runs; where several share an original, over seeds, or one for each of a few seeds.
 
-    Of three seeds with three networks or more, the others are left out. There is none of values that are not finite.
+    Seeds of fewer than three networks are left out where there is one of three. There is none of values that are not
+    finite.
     """
     known = values.dropna()
     seeds = rows.loc[known.index, "seed"]
@@ -259,14 +265,18 @@ def _means(
         averages = [found.value for of_seed in of_seeds.values() if (found := average(of_seed.tolist()))]
         yield part(label or "all seeds", pd.concat(of_seeds.values()), averages, "three seeds of three networks")
     else:
-        for seed, of_seed in known.groupby(seeds):
+        for seed, of_seed in (of_seeds or dict(iter(known.groupby(seeds)))).items():
             name = f"{label}, seed {seed}" if label else f"seed {seed}"
             yield part(name, of_seed, of_seed.tolist(), "three networks")
 
 
 def _difference(first: pd.Series[float], second: pd.Series[float], n: int, *, comparisons: int = 1) -> Interval | None:
-    """Return the difference of accuracies (%) by seed, over ``n`` test samples and, of three or more, over seeds."""
-    gaps = (first - second).dropna().tolist()
+    """Return the difference of accuracies (%) by seed, over ``n`` test samples and, of three or more, over seeds.
+
+    Of the seeds that have both, of which there is one at least.
+    """
+    first, second = first.align(second, join="inner")
+    gaps = (first - second).tolist()
     found = difference(float(first.mean()) / 100, float(second.mean()) / 100, n, comparisons=comparisons)
     over_samples = Interval(100 * found.value, 100 * found.low, 100 * found.high)
     over_seeds = mean(gaps, comparisons=comparisons)

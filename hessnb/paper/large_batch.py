@@ -75,8 +75,8 @@ def iterated(outcomes: Sequence[Outcome], eps: float, *, name: str, caption: str
     for size in sizes:
         runs = [o for o in outcomes if o.task.spec.recipe.batch_size == size]
         cells = [mean_and_spread(column(runs, "test"), "{:.1f}") for column in columns.values()]
-        seeds = sum(o.result is not None for o in runs)
-        rows.append((str(size), *cells, str(seeds), *((profiles(runs),) if from_record else ())))
+        counted = seeds([column(runs, "test") for column in columns.values()], runs)
+        rows.append((str(size), *cells, counted, *((profiles(runs),) if from_record else ())))
     ranks = [_correlation(outcomes, _batch_size, column, "test") for column in columns.values()]
     rows.append(("correlation with it", *ranks, "–", *(("–",) if from_record else ())))
     header = ("Batch", *columns, "Seeds", *((PROFILE,) if from_record else ()))
@@ -98,8 +98,9 @@ def correlations(outcomes: Sequence[Outcome], eps: float, *, name: str, caption:
     for network in dict.fromkeys(o.task.spec.model.name for o in outcomes):
         runs = [o for o in outcomes if o.task.spec.model.name == network]
         for split in SPLITS:
-            cells = [_correlation(runs, measure, attacked(eps), split) for measure in measures.values()]
-            rows.append((network, _SETS[split], str(len(runs)), *cells))
+            pairs = [_pairs(runs, measure, attacked(eps), split) for measure in measures.values()]
+            counted = number_of([x for x, _ in pairs])
+            rows.append((network, _SETS[split], counted, *(_shown(*pair) for pair in pairs)))
     return Table(name, caption, ("Network", "Set", "n", *measures), tuple(rows))
 
 
@@ -115,12 +116,13 @@ def correlations_within(outcomes: Sequence[Outcome], eps: float, *, name: str, c
             kinds[outcome.task.spec.model.name, outcome.task.spec.recipe.batch_size].append(outcome)
     rows = []
     for network in dict.fromkeys(name for name, _ in kinds):
-        groups = [runs for (of, _), runs in kinds.items() if of == network and len(runs) >= 3]
-        told = " + ".join(str(len(runs)) for runs in groups) or TOO_FEW
+        groups = [runs for (of, _), runs in kinds.items() if of == network]
         for split in SPLITS:
-            pairs = ([_pairs(runs, measure, attacked(eps), split) for runs in groups] for measure in measures.values())
-            cells = [_chance([group for group in each if len(group[0]) >= 3]) for each in pairs]
-            rows.append((network, _SETS[split], told, *cells))
+            each = [[_pairs(runs, measure, attacked(eps), split) for runs in groups] for measure in measures.values()]
+            used = [[pair for pair in pairs if len(pair[0]) >= 3] for pairs in each]
+            told = dict.fromkeys(" + ".join(str(len(x)) for x, _ in pairs) for pairs in used)
+            counted = "; ".join(filter(None, told)) or TOO_FEW
+            rows.append((network, _SETS[split], counted, *(_chance(pairs) for pairs in used)))
     return Table(name, caption, ("Network", "Set", "n", *measures), tuple(rows))
 
 
@@ -220,17 +222,19 @@ def _table(
     rows = []
     for key in sorted(groups):
         cells = [*(key[:1] if several else ()), str(key[1])]
+        values: list[list[float]] = []
         for _, column, field, form in columns:
             ours = [column(groups[key], split) for split in SPLITS]
+            values += ours
             cells.append(_both(ours, form))
             if field:
                 cells.append(_published(paper, key, field))
                 if compared:
                     cells.append(_difference(ours, paper, key, field) if papers_own(groups[key]) else "–")
         if epochs:
-            lengths = [float(len(o.result.history)) for o in groups[key] if o.result]
+            lengths = [float(len(o.result.history)) for o in groups[key] if o.result and o.result.status == "done"]
             cells.append(mean_and_spread(lengths, "{:.0f}") if lengths else "–")
-        cells.append(str(sum(o.result is not None for o in groups[key])))
+        cells.append(seeds(values, groups[key]))
         rows.append((*cells, *((profiles(groups[key]),) if from_record else ())))
     titles = [
         title
@@ -241,6 +245,18 @@ def _table(
     ]
     header = (*(("Network",) if several else ()), "Batch", *titles, *(("Epochs",) if epochs else ()), "Seeds")
     return Table(name, caption, (*header, *((PROFILE,) if from_record else ())), tuple(rows), origins(outcomes))
+
+
+def number_of(columns: Sequence[Sequence[float]]) -> str:
+    """Return how many values the cells of a row are of, those that have any: "3", or "1 to 3" where they differ."""
+    sizes = sorted({len(values) for values in columns if values}) or [0]
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+
+
+def seeds(columns: Sequence[Sequence[float]], outcomes: Sequence[Outcome]) -> str:
+    """Return how many seeds the cells of a row are of, and how many trainings of it failed."""
+    failed = sum(o.result is not None and o.result.status == "failed" for o in outcomes)
+    return number_of(columns) + (f", {failed} failed" if failed else "")
 
 
 def _both(pair: Sequence[Sequence[float]], form: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from hessnb.experiments.grid import artefact
 from hessnb.experiments.profile import load_profile
@@ -17,6 +18,8 @@ from hessnb.experiments.run import Outcome
 
 # Where numbers are looked for, in this order; the first is the paper's own scale.
 PROFILES = ("paper", "laptop")
+
+AnyOutcome = TypeVar("AnyOutcome", bound=Outcome)
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ def from_record(name: str, *, network: str | None = None, folder: Path | None = 
     """Return what the record holds of an artefact, and an empty outcome for each run of seed 0 that it lacks.
 
     A run of the paper's specification counts under whichever profile it was recorded; of one recorded twice the one
-    with more measures is taken. A network of which nothing is there comes from the smaller profile instead. ``network``
-    keeps one network of Table 6, ``folder`` is another record. Raises InputError for an unknown name.
+    with more measures is taken. A network comes from the smaller profile instead if more runs of it are measured there.
+    ``network`` keeps one network of Table 6, ``folder`` is another record. Raises InputError for an unknown name.
     """
     root = folder or record_root()
     found = [(profile, o) for profile in PROFILES for o in (recorded(name, profile, root) if root else [])]
@@ -56,9 +59,14 @@ def from_record(name: str, *, network: str | None = None, folder: Path | None = 
         if network in (None, wanted):
             scales = ([t for t in planned[profile] if t.spec.model.name == wanted] for profile in PROFILES)
             own, smaller = (_best([Recorded(task, None, {}) for task in tasks], found) for tasks in scales)
-            use_own = any(o.result for o in own) or not any(o.result for o in smaller)
+            use_own = _measured(own) >= _measured(smaller)
             chosen += own if use_own else [replace(o, papers_own=False) for o in smaller]
     return [o for o in chosen if o.result or o.task.spec.recipe.seed == 0]
+
+
+def _measured(outcomes: Sequence[Outcome]) -> tuple[int, int]:
+    """Return how many runs have measures, and how many there are."""
+    return sum(bool(o.measurements) for o in outcomes), sum(o.result is not None for o in outcomes)
 
 
 def _best(planned: Sequence[Recorded], found: Sequence[tuple[str, Outcome]]) -> list[Recorded]:
@@ -72,6 +80,12 @@ def _best(planned: Sequence[Recorded], found: Sequence[tuple[str, Outcome]]) -> 
         else:
             best.append(empty)
     return best
+
+
+def fullest(outcomes: Sequence[AnyOutcome]) -> list[AnyOutcome]:
+    """Return the outcomes with the most measures: what a row or a curve compares is to be of the same networks."""
+    most = max((len(o.measurements) for o in outcomes), default=0)
+    return [o for o in outcomes if len(o.measurements) == most]
 
 
 def papers_own(outcomes: Sequence[Outcome]) -> bool:
