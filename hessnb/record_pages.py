@@ -114,8 +114,8 @@ def _networks(artefact: Artefact, record: Path, profile: str) -> list[list[Outco
 
 
 def _counted(networks: list[list[Outcome]]) -> tuple[int, int]:
-    """Return how many measures are there, and how many there would be."""
-    outcomes = [o for same in networks for o in same]
+    """Return how many measures are there, and how many there would be: none of a training that failed."""
+    outcomes = [o for same in networks for o in same if not _failed(o)]
     return sum(len(o.measurements) for o in outcomes), sum(len(o.task.measures) for o in outcomes)
 
 
@@ -147,15 +147,19 @@ def _missing(artefact: Artefact, networks: list[list[Outcome]]) -> str:
 def _missing_items(networks: list[list[Outcome]]) -> Iterator[str]:
     """Return a line for each network that is not complete, the same network of all seeds in one."""
     for name, same in zip(_names([same[0].task.spec for same in networks]), networks, strict=True):
-        trained = [o for o in same if o.result]
+        trained = [o for o in same if o.result and not _failed(o)]
         untrained = sorted(o.task.spec.recipe.seed for o in same if not o.result)
         lacking = [m.label for o in trained for m in o.task.measures if m not in o.measurements]
-        if not trained:
+        if len(untrained) == len(same):
             yield f"**{name}**: not trained"
         elif lacking or untrained:
             seeds = f" (not trained with seed {_listed(untrained)})" if untrained else ""
             everything = len(lacking) == len(trained) * len(same[0].task.measures)
             yield f"**{name}**{seeds}: {'everything' if everything else _some(lacking, len(trained)) or 'nothing else'}"
+
+
+def _failed(outcome: Outcome) -> bool:
+    return outcome.result is not None and outcome.result.status == "failed"
 
 
 def _some(lacking: list[str], seeds: int) -> str:

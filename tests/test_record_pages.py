@@ -85,6 +85,17 @@ def test_seed_that_is_not_trained_is_named_instead_of_all_its_measures(tmp_path:
     assert "**M1-mnist-b2048** (not trained with seed 0): nothing else\n" in told
 
 
+def test_training_that_failed_lacks_nothing(tmp_path: Path) -> None:
+    tasks = grid.artefact("silent_lr").tasks_of_seed(load_profile("paper"), 0)
+    folder = record_of(tmp_path, tasks[:-1])
+    store = Store(tmp_path / "store")
+    store.save_result(RunResult(tasks[-1].spec, "failed", "training diverged", [EPOCH], came_from(0)))
+    record.publish(store, folder, "paper")
+    told = entry(missing_lists(folder, "paper"), "silent_lr")
+    there = sum(len(task.measures) for task in tasks[:-1])
+    assert told.rstrip().endswith(f"Measured: {there} of {there} cells, seed 0. Nothing is missing.")
+
+
 def test_complete_artefact_lacks_nothing(tmp_path: Path) -> None:
     folder = record_of(tmp_path, grid.artefact("table5").tasks_of_seed(load_profile("paper"), 0))
     told = entry(missing_lists(folder, "paper"), "table5")
