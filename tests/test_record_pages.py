@@ -89,7 +89,9 @@ def test_training_that_failed_lacks_nothing(tmp_path: Path) -> None:
     tasks = grid.artefact("silent_lr").tasks_of_seed(load_profile("paper"), 0)
     folder = record_of(tmp_path, tasks[:-1])
     store = Store(tmp_path / "store")
-    store.save_result(RunResult(tasks[-1].spec, "failed", "training diverged", [EPOCH], came_from(0)))
+    store.save_result(
+        RunResult(tasks[-1].spec, "failed", "training diverged", [EPOCH], came_from(0)), State(1, {}, [], [EPOCH])
+    )
     record.publish(store, folder, "paper")
     told = entry(missing_lists(folder, "paper"), "silent_lr")
     there = sum(len(task.measures) for task in tasks[:-1])
