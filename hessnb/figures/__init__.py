@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
@@ -19,37 +18,41 @@ from torch import Tensor
 from hessnb.attacks import ATTACKS, Perturbation
 from hessnb.curvature import InputCurvature
 from hessnb.data import Splits
-from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy
-from hessnb.figures.style import (
-    COLOURS,
-    MARKERS,
-    absent,
-    grid,
-    legend,
-    name_axes,
-    over_seeds,
-    plain_log_labels,
-    style,
-    titled,
+from hessnb.figures.large_batch import (
+    accuracy_against_batch,
+    accuracy_against_measures,
+    lambda1_against_batch,
+    layer_spectra,
+    spectra,
+    training_curves,
 )
-from hessnb.models import layers
-from hessnb.paper.adversarial import accuracy_under, network_name, of_first_seed
+from hessnb.figures.style import COLOURS, MARKERS, grid, legend, name_axes, one_row, style
+from hessnb.paper.adversarial import accuracy_under, network_name
 from hessnb.paper.attack_planes import AttackPlane
 from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
-from hessnb.paper.large_batch import attacked, input_gradient, input_lambda1, lambda1
-from hessnb.paper.published import published
 
-
-def _new(
-    columns: int = 1, *, height: float = 3.6, width: float = 6.0, share_y: bool = False
-) -> tuple[Figure, list[Axes]]:
-    figure, axes = plt.subplots(
-        1, columns, figsize=(width, height), layout="constrained", squeeze=False, sharey=share_y
-    )
-    plt.close(figure)  # it is shown as the value of its cell, once
-    return figure, list(axes[0])
+__all__ = [
+    "accuracy_against_batch",
+    "accuracy_against_cg_steps",
+    "accuracy_against_measures",
+    "accuracy_against_size",
+    "attack_planes",
+    "dampings",
+    "inexact_steps",
+    "input_curvature",
+    "input_spectra",
+    "lambda1_against_batch",
+    "layer_spectra",
+    "loss_on_line",
+    "perturbed_pictures",
+    "relative_spectra",
+    "samples",
+    "spectra",
+    "training_curves",
+    "transfer_and_white_box",
+]
 
 
 def samples(sets: Mapping[str, Splits], n: int = 10) -> Figure:
@@ -67,133 +70,10 @@ def samples(sets: Mapping[str, Splits], n: int = 10) -> Figure:
     return figure
 
 
-def training_curves(outcomes: Sequence[Outcome]) -> Figure:
-    """Show training loss against epochs (left) and against optimiser steps (right), one line a run."""
-    with style():
-        figure, (left, right) = _new(2, width=7.0)
-        for i, outcome in enumerate(o for o in outcomes if o.result):
-            recipe, history = outcome.task.spec.recipe, outcome.result.history if outcome.result else []
-            n_train = len(load_data(outcome.task.spec.data, "cpu").train)
-            losses = [epoch.train_loss for epoch in history]
-            epochs = [epoch.epoch for epoch in history]
-            steps = [epoch * -(-n_train // recipe.batch_size) for epoch in epochs]
-            line = {"color": COLOURS[i % len(COLOURS)], "label": f"B = {recipe.batch_size}"}
-            left.loglog(epochs, losses, **line)
-            right.loglog(steps, losses, **line)
-        left.set(xlabel="epoch", ylabel="training loss")
-        right.set(xlabel="optimiser step")
-        right.legend(fontsize=10)
-    return figure
-
-
-def spectra(outcomes: Sequence[Outcome]) -> Figure:
-    """Show the top eigenvalues of the training loss against their index, one line a batch size (the paper's Fig. 1).
-
-    One panel a network; of several seeds the first. What has not been measured says so.
-    """
-    first = of_first_seed(outcomes)
-    networks = list(dict.fromkeys(outcome.task.spec.model.name for outcome in first))
-    with style():
-        figure, axes = _new(len(networks), width=6.0 if len(networks) == 1 else 7.0)
-        for axis, network in zip(axes, networks, strict=True):
-            trained = [o for o in first if o.task.spec.model.name == network]
-            axis.set(title=titled(network, trained[0]), xlabel="index of the eigenvalue")
-            for i, outcome in enumerate(trained):
-                if eigenvalues := outcome.eigenvalues("train"):
-                    axis.semilogy(
-                        range(1, len(eigenvalues) + 1),
-                        eigenvalues,
-                        marker=MARKERS[i % len(MARKERS)],
-                        color=COLOURS[i % len(COLOURS)],
-                        label=f"B = {outcome.task.spec.recipe.batch_size}",
-                    )
-            if not axis.lines:
-                absent(axis)
-                continue
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            plain_log_labels(axis)
-            axis.legend(ncols=2, fontsize=9)
-        axes[0].set_ylabel("eigenvalue of the training Hessian")
-    return figure
-
-
-def lambda1_against_batch(table: str, live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
-    """Show the dominant eigenvalue on training and test set against batch size: live, recorded, and the paper's.
-
-    The paper's are those of ``table`` for the same network. One of ``live`` and ``record`` may be empty.
-    """
-    paper = published(table).loc[(*live, *record)[0].task.spec.model.name]
-    with style():
-        figure, axes = _new(2, width=7.0, share_y=True)
-        for axis, split in zip(axes, ("train", "test"), strict=True):
-            axis.loglog(paper.index, paper[f"lambda1_{split}"], "--", marker="x", color=COLOURS[6], label="paper")
-            for label, outcomes, i in (("ours, paper's scale", record, 0), ("ours, live", live, 1)):
-                points = [
-                    (o.task.spec.recipe.batch_size, o.eigenvalues(split)[0]) for o in outcomes if o.eigenvalues(split)
-                ]
-                over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
-            axis.set(title=f"{'training' if split == 'train' else 'test'} set", xlabel="batch size")
-        axes[0].set_ylabel("dominant eigenvalue")
-        axes[0].legend(fontsize=10)
-    return figure
-
-
-def accuracy_against_batch(table: str, live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
-    """Show accuracy (%) under FGSM on the test set against batch size, one panel a size: live, recorded, the paper's.
-
-    The paper's are those of ``table`` for the network of ``live``.
-    """
-    paper = published(table).loc[live[0].task.spec.model.name]
-    sizes = [column.split("_")[1] for column in paper.columns if column.startswith("adversarial") and "test" in column]
-    with style():
-        figure, axes = _new(len(sizes), width=7.0, share_y=True)
-        for axis, eps in zip(axes, sizes, strict=True):
-            axis.plot(paper.index, paper[f"adversarial_{eps}_test"], "--", marker="x", color=COLOURS[6], label="paper")
-            for label, outcomes, plain, i in (
-                ("ours, float32", record, True, 0),
-                ("ours, exact", record, False, 2),
-                ("live, float32", live, True, 1),
-                ("live, exact", live, False, 5),
-            ):
-                points = [
-                    (o.task.spec.recipe.batch_size, accuracy[0])
-                    for o in outcomes
-                    if (accuracy := attacked(float(eps), plain=plain)([o], "test"))
-                ]
-                over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
-            axis.set(title=f"ε = {eps}", xlabel="batch size", xscale="log", ylim=(0, 100))
-        axes[0].set_ylabel("accuracy under attack, %")
-        axes[0].legend(fontsize=9)
-    return figure
-
-
-def accuracy_against_measures(outcomes: Sequence[Outcome], eps: float) -> Figure:
-    """Show accuracy (%) under FGSM of size ``eps`` on the test set against curvature and slope, a point a network."""
-    measures = {
-        "λ₁ of the weights": lambda1,
-        "λ₁ of the input, mean": input_lambda1,
-        "norm of the input gradient, mean": input_gradient,
-    }
-    with style():
-        figure, axes = _new(len(measures), width=7.0, share_y=True)
-        for axis, (label, measure) in zip(axes, measures.items(), strict=True):
-            for outcome in outcomes:
-                position, height = measure([outcome], "test"), attacked(eps)([outcome], "test")
-                if position and height:
-                    axis.plot(position[0], height[0], "o", color=COLOURS[0])
-                    batch = str(outcome.task.spec.recipe.batch_size)
-                    axis.annotate(batch, (position[0], height[0]), (4, 4), textcoords="offset points", fontsize=9)
-            axis.set(xlabel=label.replace(", ", ",\n"))
-            axis.margins(x=0.15)
-            axis.xaxis.set_major_locator(MaxNLocator(3))
-        axes[0].set_ylabel("accuracy under attack, %")
-    return figure
-
-
 def transfer_and_white_box(outcomes: Sequence[Outcome]) -> Figure:
     """Show accuracy (%) of each network on sets made from the original (open) and on itself (filled), by attack."""
     with style():
-        figure, (axis,) = _new(width=7.0)
+        figure, (axis,) = one_row(width=7.0)
         for column, outcome in enumerate(outcomes):
             for i, method in enumerate(ATTACKS):
                 for white_box in (False, True):
@@ -215,7 +95,7 @@ def transfer_and_white_box(outcomes: Sequence[Outcome]) -> Figure:
 def input_spectra(cases: Mapping[str, Tensor], n: int = 20) -> Figure:
     """Show the ``n`` largest |eigenvalues| (of (d,) each) of input Hessians, relative to the first, one line a case."""
     with style():
-        figure, (axis,) = _new()
+        figure, (axis,) = one_row()
         for i, (label, eigenvalues) in enumerate(cases.items()):
             magnitudes = eigenvalues.abs().sort(descending=True).values[:n]
             shown = (magnitudes / magnitudes[0]).clamp_min(1e-20)
@@ -231,7 +111,7 @@ def loss_on_line(positions: Tensor, losses: Tensor) -> Figure:
     """Show the loss (m,) at ``positions`` (m,) on a line between two inputs, and its slope, by differences."""
     slopes = losses.diff() / positions.diff()
     with style():
-        figure, (left, right) = _new(2, width=7.0)
+        figure, (left, right) = one_row(2, width=7.0)
         left.plot(positions, losses)
         left.set(xlabel="position between the images", ylabel="loss")
         right.plot(positions[1:], slopes, color=COLOURS[5])
@@ -243,35 +123,12 @@ def input_curvature(curvature: InputCurvature) -> Figure:
     """Show each sample's largest input eigenvalue against its gradient norm, and the means of both (section 3.2)."""
     tiny = torch.finfo(torch.float64).tiny
     with style():
-        figure, (axis,) = _new()
+        figure, (axis,) = one_row()
         gradients, eigenvalues = curvature.gradient_norms.clamp_min(tiny), curvature.lambda1.clamp_min(tiny)
         axis.loglog(gradients, eigenvalues, ".", markersize=3, alpha=0.5, color=COLOURS[0], rasterized=True)
         axis.axvline(curvature.mean_gradient_norm, linestyle="--", linewidth=1.2, color=COLOURS[6])
         axis.axhline(curvature.mean_lambda1, linestyle="--", linewidth=1.2, color=COLOURS[6], label="means")
         axis.set(xlabel="norm of the input gradient", ylabel="largest input eigenvalue")
-        axis.legend(fontsize=10)
-    return figure
-
-
-def layer_spectra(blocks: Sequence[Outcome], whole: Sequence[Outcome]) -> Figure:
-    """Show the leading eigenvalues of each layer's block of the training Hessian, one colour a batch size."""
-    with style():
-        figure, (axis,) = _new()
-        names: dict[str, str] = {}
-        for i, block in enumerate(blocks):
-            spec = block.task.spec
-            names = layers(spec.model.name, variant=spec.model.variant)
-            line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": ""}
-            for column, layer in enumerate(names):
-                values = block.eigenvalues("train", layer)
-                label = {"label": f"B = {spec.recipe.batch_size}"} if column == 0 else {}
-                axis.semilogy([column + 0.12 * (2 * i - len(blocks) + 1)] * len(values), values, **line, **label)
-            for outcome in whole:
-                if outcome.task.spec == spec and outcome.eigenvalues("train"):
-                    axis.axhline(outcome.eigenvalues("train")[0], linestyle="--", linewidth=1.2, color=line["color"])
-        axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names.values()])
-        axis.set(ylabel="eigenvalue of the layer's block")
-        axis.grid(axis="x", visible=False)
         axis.legend(fontsize=10)
     return figure
 
@@ -304,7 +161,7 @@ def accuracy_against_cg_steps(live: Sequence[Outcome], record: Sequence[Outcome]
     """Show accuracy (%) under the second-order attacks against conjugate gradient steps, from one to exact."""
     solvers = cg_settings(live)
     with style():
-        figure, (axis,) = _new()
+        figure, (axis,) = one_row()
         for i, method in enumerate(SECOND_ORDER):
             for outcomes, line, told in ((live, "-", "live"), (record, "--", "record")):
                 found = [under(outcomes, method, **settings) for settings in solvers.values()]
@@ -324,7 +181,7 @@ def accuracy_against_size(live: Sequence[Outcome], record: Sequence[Outcome]) ->
     shown = [(outcomes, title) for outcomes, title in ((live, "live"), (record, "record"))]
     shown = [(outcomes, title) for outcomes, title in shown if any(o.measurements for o in outcomes)]
     with style():
-        figure, axes = _new(len(shown), width=6.0 if len(shown) == 1 else 7.0, share_y=True)
+        figure, axes = one_row(len(shown), width=6.0 if len(shown) == 1 else 7.0, share_y=True)
         for axis, (outcomes, title) in zip(axes, shown, strict=True):
             attacks = [m.attack for m in outcomes[0].task.measures if isinstance(m, AttackAccuracy)]
             start = sum(clean(outcomes)) / len(clean(outcomes))
@@ -343,7 +200,7 @@ def inexact_steps(records: Mapping[int, Perturbation]) -> Figure:
     """Show, by conjugate gradient steps, the cosine of step and gradient and the residual: medians and quartiles."""
     levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     with style():
-        figure, (left, right) = _new(2, width=7.0)
+        figure, (left, right) = one_row(2, width=7.0)
         for i, (axis, field) in enumerate(((left, "cosine"), (right, "residual"))):
             low, middle, high = torch.stack([getattr(r, field).quantile(levels) for r in records.values()]).T
             axis.fill_between(list(records), low, high, alpha=0.25, color=COLOURS[i])
@@ -359,7 +216,7 @@ def relative_spectra(eigenvalues: Mapping[str, Tensor]) -> Figure:
     """Show input eigenvalues (N, k), relative to each sample's largest: medians and quartiles, one colour a network."""
     levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     with style():
-        figure, (axis,) = _new()
+        figure, (axis,) = one_row()
         for i, (label, found) in enumerate(eigenvalues.items()):
             shares = found[found[:, 0] > 0]
             shares = (shares / shares[:, :1]).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""The book's style of figures: colours, panels two a row, and how a figure says that something is missing."""
+"""The book's style of figures: colours, panels in rows, and how a figure says that something is missing."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ def style() -> Iterator[None]:
     }
     with plt.rc_context(settings):
         yield
+
+
+def one_row(
+    columns: int = 1, *, height: float = 3.6, width: float = 6.0, share_y: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of one row of panels, its size in inches."""
+    figure, axes = plt.subplots(
+        1, columns, figsize=(width, height), layout="constrained", squeeze=False, sharey=share_y
+    )
+    plt.close(figure)  # it is shown as the value of its cell, once
+    return figure, list(axes[0])
 
 
 def grid(n: int, *, height: float = 2.1, shared: bool = False) -> tuple[Figure, list[Axes]]:
