@@ -82,4 +82,5 @@ def test_spectra_are_those_of_the_first_seed_and_what_is_missing_says_so() -> No
     assert [line.get_label() for line in left.lines] == ["B = 64", "B = 256"]
     assert (left.get_title(), left.get_yscale()) == ("M1", "log")
     assert (right.get_title(), right.lines[:]) == ("C1 (laptop)", [])
+    assert [text.get_text() for text in left.texts] == ["not measured yet:\nB\xa0=\xa0128"]
     assert [text.get_text() for text in right.texts] == ["not measured yet"]

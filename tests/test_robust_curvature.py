@@ -193,9 +193,13 @@ def test_figures_show_each_network_and_what_is_missing(outcomes: list[Outcome]) 
         lowest = min(min(rc.eigenvalues(o, measure)) for o in outcomes)
         assert axis.get_yscale() == ("symlog" if lowest < 0 else "log")
         assert axis.get_ylim()[0] < lowest
+        assert not axis.texts
     assert figures_robust.few_against_all({"M1": outcomes}).axes[0].lines
     partly = [replace(o, measurements={m: f for m, f in o.measurements.items() if m == full}) for o in outcomes]
     assert figures_robust.robust_spectra(partly).axes[0].texts[0].get_text() == NOT_MEASURED
+    some = [replace(o, measurements={}) if i in (2, 5) else o for i, o in enumerate(outcomes)]
+    for axis in figures_robust.robust_spectra(some).axes:
+        assert [text.get_text() for text in axis.texts] == [f"{NOT_MEASURED}:\nFGSM-10, L2HESS"]
     empty = [replace(o, measurements={}) for o in outcomes]
     for show in (figures_robust.robust_spectra, figures_robust.robust_lines, figures_robust.interpolations):
         assert NOT_MEASURED in show(empty).axes[0].texts[0].get_text()

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
-from hessnb.figures.style import COLOURS, MARKERS, absent, one_row, over_seeds, plain_log_labels, style, titled
+from hessnb.figures.style import COLOURS, MARKERS, absent, missing, one_row, over_seeds, plain_log_labels, style, titled
 from hessnb.models import layers
 from hessnb.paper.adversarial import of_first_seed
 from hessnb.paper.large_batch import attacked, input_gradient, input_lambda1, lambda1
@@ -47,18 +47,20 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
         for axis, network in zip(axes, networks, strict=True):
             trained = [o for o in first if o.task.spec.model.name == network]
             axis.set(title=titled(network, trained[0]), xlabel="index of the eigenvalue")
-            for i, outcome in enumerate(trained):
-                if eigenvalues := outcome.eigenvalues("train"):
+            lines = {f"B = {o.task.spec.recipe.batch_size}": o.eigenvalues("train") for o in trained}
+            if not any(lines.values()):
+                absent(axis)
+                continue
+            for i, (label, eigenvalues) in enumerate(lines.items()):
+                if eigenvalues:
                     axis.semilogy(
                         range(1, len(eigenvalues) + 1),
                         eigenvalues,
                         marker=MARKERS[i % len(MARKERS)],
                         color=COLOURS[i % len(COLOURS)],
-                        label=f"B = {outcome.task.spec.recipe.batch_size}",
+                        label=label,
                     )
-            if not axis.lines:
-                absent(axis)
-                continue
+            missing(axis, [label for label, eigenvalues in lines.items() if not eigenvalues])
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             plain_log_labels(axis)
             axis.legend(ncols=2, fontsize=9)

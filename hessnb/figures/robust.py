@@ -22,6 +22,7 @@ from hessnb.figures.style import (
     grid,
     legend,
     legend_of_sets,
+    missing,
     name_axes,
     nothing,
     plain_log_labels,
@@ -73,6 +74,7 @@ def robust_spectra(outcomes: Sequence[Outcome]) -> Figure:
                     range(1, len(values) + 1), values, marker=MARKERS[i % len(MARKERS)],
                     color=COLOURS[i % len(COLOURS)], markersize=3.5, linewidth=1.1,
                 )  # fmt: skip
+            missing(axis, [name for name, values in lines.items() if not values])
             _signed_log(axis, [v for values in lines.values() for v in values])
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         legend(figure, {network_name(o.task.spec): _mark(i) for i, o in enumerate(shown)}, columns=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -144,6 +145,14 @@ def absent(axis: Axes) -> None:
     axis.text(0.5, 0.5, NOT_MEASURED, transform=axis.transAxes, ha="center", va="center", fontsize=11)
     axis.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
     axis.grid(visible=False)
+
+
+def missing(axis: Axes, names: Sequence[str]) -> None:
+    """Say in a panel of falling curves, in the corner that they leave free, which have not been measured yet."""
+    if names:
+        whole = ", ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in names)
+        told = f"{NOT_MEASURED}:\n{textwrap.fill(whole, 18, break_on_hyphens=False)}"
+        axis.text(0.03, 0.03, told, transform=axis.transAxes, fontsize=8, color="0.35")
 
 
 def nothing(of: str) -> Figure:
