@@ -14,6 +14,7 @@ from hessnb import figures
 from hessnb.experiments.record import recorded
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.store import Measurement
+from hessnb.figures.style import grid, plain_log_labels
 from hessnb.paper.large_batch import attacked
 from hessnb.paper.recorded import Recorded, from_record
 
@@ -84,3 +85,27 @@ def test_spectra_are_those_of_the_first_seed_and_what_is_missing_says_so() -> No
     assert (right.get_title(), right.lines[:]) == ("C1 (laptop)", [])
     assert [text.get_text() for text in left.texts] == ["not measured yet:\nB\xa0=\xa0128"]
     assert [text.get_text() for text in right.texts] == ["not measured yet"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.149, 8.6, ["0.2", "0.3", "0.5", "1", "2", "3", "5"]),
+        (0.2, 0.9, ["0.2", "0.3", "0.5"]),
+        (0.9, 11, ["$\\mathdefault{10^{0}}$", "$\\mathdefault{10^{1}}$"]),
+        (1, 10, ["$\\mathdefault{10^{0}}$", "$\\mathdefault{10^{1}}$"]),
+    ],
+)
+def test_logarithmic_axis_has_plain_labels_unless_two_powers_of_ten_are_in_view(
+    low: float, high: float, labels: list[str]
+) -> None:
+    (axis, _) = grid(2)[1]
+    axis.set(yscale="log", ylim=(low, high))
+    plain_log_labels(axis)
+    axis.figure.canvas.draw()
+    ticks = [tick for which in ("major", "minor") for tick in axis.yaxis.get_ticklabels(which=which)]
+    shown = {
+        tick.get_position()[1]: tick for tick in ticks if tick.get_text() and low <= tick.get_position()[1] <= high
+    }
+    assert [shown[place].get_text() for place in sorted(shown)] == labels
+    assert {tick.get_fontsize() for tick in shown.values()} == {10}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ def grid(n: int, *, height: float = 2.1, shared: bool = False) -> tuple[Figure, 
     for axis in panels[max(0, n - 2) : n]:
         axis.tick_params(labelbottom=True)  # also above an empty place
     for axis in panels:
-        axis.tick_params(labelsize=10)
+        axis.tick_params(which="both", labelsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     return figure, panels
 
@@ -129,12 +130,12 @@ def over_seeds(axis: Axes, points: Sequence[tuple[float, float]], *, marker: str
 
 
 def plain_log_labels(axis: Axes) -> None:
-    """Write 0.2, 0.5 and 1 on a logarithmic y-axis of little more than a decade, where powers of ten would be few."""
+    """Write 0.2, 0.5 and 1 on a logarithmic y-axis on which fewer than two whole powers of ten are in view."""
     powers = axis.yaxis.get_major_formatter()
 
     def is_short() -> bool:
-        low, high = axis.get_ylim()
-        return high < 50 * low
+        low, high = map(math.log10, axis.get_ylim())
+        return math.floor(high) - math.ceil(low) < 1
 
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, at: f"{v:g}" if is_short() else powers(v, at)))
     axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if is_short() and f"{v:e}"[0] in "235" else ""))
