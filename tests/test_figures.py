@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 
 from hessnb import figures
-from hessnb.experiments.record import recorded
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.store import Measurement
+from hessnb.figures import beyond
 from hessnb.figures.style import grid, plain_log_labels
 from hessnb.paper.large_batch import attacked
 from hessnb.paper.recorded import Recorded, from_record
 
 
 @pytest.fixture(scope="module")
-def seeds() -> list[Outcome]:
-    """Three seeds of one batch size and one of another, from the published Table 7."""
+def seeds() -> list[Recorded]:
+    """Three seeds of one batch size and one of another, from the published Table 7, which is of the paper's scale."""
     chosen = {(512, 0), (512, 1), (512, 2), (1024, 0)}  # however many more are published
-    recipes = [(o, o.task.spec.recipe) for o in recorded("table7")]
+    recipes = [(o, o.task.spec.recipe) for o in from_record("table7")]
     return [o for o, recipe in recipes if (recipe.batch_size, recipe.seed) in chosen]
 
 
-def _shown(outcomes: list[Outcome], value: Callable[[Outcome], float]) -> tuple[list[float], list[float]]:
+def _shown(outcomes: Sequence[Outcome], value: Callable[[Outcome], float]) -> tuple[list[float], list[float]]:
     """Return the heights that belong on the line, and those of the dashes."""
     three = [value(o) for o in outcomes if o.task.spec.recipe.batch_size == 512]
     (one,) = (value(o) for o in outcomes if o.task.spec.recipe.batch_size == 1024)
@@ -39,7 +39,7 @@ def _eigenvalue(split: str, outcome: Outcome) -> float:
     return float(outcome.eigenvalues(split)[0])
 
 
-def test_eigenvalue_line_goes_through_the_means_and_each_seed_is_a_dash(seeds: list[Outcome]) -> None:
+def test_eigenvalue_line_goes_through_the_means_and_each_seed_is_a_dash(seeds: list[Recorded]) -> None:
     live = [o for o in seeds if o.task.spec.recipe.seed == 0]
     for axis, split in zip(figures.lambda1_against_batch("table7", live, seeds).axes, ("train", "test"), strict=True):
         means, each = _shown(seeds, partial(_eigenvalue, split))
@@ -48,21 +48,42 @@ def test_eigenvalue_line_goes_through_the_means_and_each_seed_is_a_dash(seeds: l
         assert np.asarray(line.get_ydata()).tolist() == pytest.approx(means)
         assert sorted(np.asarray(dashes.get_ydata()).tolist()) == pytest.approx(each)
         assert set(np.asarray(dashes.get_xdata()).tolist()) == {512}
-        assert alone.get_label() == "ours, live"
+        assert (line.get_label(), alone.get_label()) == ("ours, paper's scale", "ours, live")
         assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
 
 
-def test_accuracy_line_goes_through_the_means(seeds: list[Outcome]) -> None:
+def test_accuracy_line_goes_through_the_means(seeds: list[Recorded]) -> None:
     first = figures.accuracy_against_batch("table7", seeds, seeds).axes[0]
     size = float(first.get_title().removeprefix("ε = "))
     means, _ = _shown(seeds, lambda o: attacked(size, plain=True)([o], "test")[0])
-    line = next(line for line in first.lines if line.get_label() == "ours, float32")
+    line = next(line for line in first.lines if line.get_label() == "ours, paper's scale, float32")
     assert np.asarray(line.get_ydata()).tolist() == pytest.approx(means)
 
 
-def test_nothing_recorded_draws_no_line_of_ours(seeds: list[Outcome]) -> None:
+def test_nothing_recorded_draws_no_line_of_ours(seeds: list[Recorded]) -> None:
     axis = figures.lambda1_against_batch("table7", seeds, []).axes[0]
-    assert "ours, paper's scale" not in [line.get_label() for line in axis.lines]
+    assert [line.get_label() for line in axis.lines if not str(line.get_label()).startswith("_")] == [
+        "paper",
+        "ours, live",
+    ]
+
+
+def test_record_of_a_smaller_scale_or_of_an_unknown_one_does_not_pass_for_the_papers(seeds: list[Recorded]) -> None:
+    smaller = [replace(o, profile="laptop", papers_own=False) for o in seeds]
+    unknown = [Outcome(o.task, o.result, o.measurements) for o in seeds]
+    for record, name in ((smaller, "record (laptop, smaller)"), (unknown, "record")):
+        eigenvalues = figures.lambda1_against_batch("table7", [], record).axes[0]
+        assert eigenvalues.get_legend_handles_labels()[1] == ["paper", name]
+        accuracies = figures.accuracy_against_batch("table7", [], record).axes[0]
+        assert accuracies.get_legend_handles_labels()[1] == ["paper", f"{name}, float32", f"{name}, exact"]
+
+
+def test_record_beside_live_numbers_names_its_profile() -> None:
+    sizes, steps, rates = (from_record(name, network="M1") for name in ("eps", "cg", "silent_lr"))
+    assert [axis.get_title() for axis in figures.accuracy_against_size(sizes, sizes).axes] == ["live", "record (paper)"]
+    labels = figures.accuracy_against_cg_steps([], steps).axes[0].get_legend_handles_labels()[1]
+    assert labels == ["FHSM, record (paper)", "L2HESS, record (paper)"]
+    assert "record (paper)" in beyond.learning_rates([], rates, 0.1).axes[0].get_legend_handles_labels()[1]
 
 
 def test_spectra_are_those_of_the_first_seed_and_what_is_missing_says_so() -> None:

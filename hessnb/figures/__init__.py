@@ -32,6 +32,7 @@ from hessnb.figures.style import COLOURS, MARKERS, grid, legend, name_axes, one_
 from hessnb.paper.adversarial import accuracy_under, network_name
 from hessnb.paper.attack_planes import AttackPlane
 from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
+from hessnb.paper.recorded import recorded_as
 
 __all__ = [
     "accuracy_against_batch",
@@ -163,7 +164,7 @@ def accuracy_against_cg_steps(live: Sequence[Outcome], record: Sequence[Outcome]
     with style():
         figure, (axis,) = one_row()
         for i, method in enumerate(SECOND_ORDER):
-            for outcomes, line, told in ((live, "-", "live"), (record, "--", "record")):
+            for outcomes, line, told in ((live, "-", "live"), (record, "--", recorded_as(record))):
                 found = [under(outcomes, method, **settings) for settings in solvers.values()]
                 points = [(column, sum(values) / len(values)) for column, values in enumerate(found) if values]
                 if points:
@@ -178,7 +179,7 @@ def accuracy_against_cg_steps(live: Sequence[Outcome], record: Sequence[Outcome]
 
 def accuracy_against_size(live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
     """Show accuracy (%) under the five attacks against their size eps, live and, where there is one, recorded."""
-    shown = [(outcomes, title) for outcomes, title in ((live, "live"), (record, "record"))]
+    shown = [(outcomes, title) for outcomes, title in ((live, "live"), (record, recorded_as(record)))]
     shown = [(outcomes, title) for outcomes, title in shown if any(o.measurements for o in outcomes)]
     with style():
         figure, axes = one_row(len(shown), width=6.0 if len(shown) == 1 else 7.0, share_y=True)

@@ -16,6 +16,7 @@ from hessnb.experiments.run import Outcome
 from hessnb.figures.style import COLOURS, MARKERS, over_seeds, style
 from hessnb.paper.beyond import RESOLUTION, Rescaling, followed, spectral, under_fgsm
 from hessnb.paper.large_batch import lambda1
+from hessnb.paper.recorded import recorded_as
 from hessnb.sharpness import stability_bound
 
 # Bins of a density: so many for each factor of ten.
@@ -151,7 +152,7 @@ def learning_rates(live: Sequence[Outcome], record: Sequence[Outcome], eps: floa
             (left, lambda some: lambda1(some, "train")),
             (right, lambda some: under_fgsm(some, eps)),
         )
-        for i, (label, outcomes) in enumerate((("live", live), ("record", record))):
+        for i, (label, outcomes) in enumerate((("live", live), (recorded_as(record), record))):
             for axis, of in shown:
                 points = [(o.task.spec.recipe.lr, of([o])[0]) for o in outcomes if of([o])]
                 over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)

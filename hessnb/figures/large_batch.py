@@ -9,7 +9,18 @@ from matplotlib.ticker import MaxNLocator
 
 from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
-from hessnb.figures.style import COLOURS, MARKERS, absent, missing, one_row, over_seeds, plain_log_labels, style, titled
+from hessnb.figures.style import (
+    COLOURS,
+    MARKERS,
+    absent,
+    missing,
+    one_row,
+    ours,
+    over_seeds,
+    plain_log_labels,
+    style,
+    titled,
+)
 from hessnb.models import layers
 from hessnb.paper.adversarial import of_first_seed
 from hessnb.paper.large_batch import attacked, input_gradient, input_lambda1, lambda1
@@ -78,7 +89,7 @@ def lambda1_against_batch(table: str, live: Sequence[Outcome], record: Sequence[
         figure, axes = one_row(2, width=7.0, share_y=True)
         for axis, split in zip(axes, ("train", "test"), strict=True):
             axis.loglog(paper.index, paper[f"lambda1_{split}"], "--", marker="x", color=COLOURS[6], label="paper")
-            for label, outcomes, i in (("ours, paper's scale", record, 0), ("ours, live", live, 1)):
+            for label, outcomes, i in ((ours(record), record, 0), ("ours, live", live, 1)):
                 points = [
                     (o.task.spec.recipe.batch_size, o.eigenvalues(split)[0]) for o in outcomes if o.eigenvalues(split)
                 ]
@@ -92,17 +103,17 @@ def lambda1_against_batch(table: str, live: Sequence[Outcome], record: Sequence[
 def accuracy_against_batch(table: str, live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
     """Show accuracy (%) under FGSM on the test set against batch size, one panel a size: live, recorded, the paper's.
 
-    The paper's are those of ``table`` for the network of ``live``.
+    The paper's are those of ``table`` for the same network. One of ``live`` and ``record`` may be empty.
     """
-    paper = published(table).loc[live[0].task.spec.model.name]
+    paper = published(table).loc[(*live, *record)[0].task.spec.model.name]
     sizes = [column.split("_")[1] for column in paper.columns if column.startswith("adversarial") and "test" in column]
     with style():
         figure, axes = one_row(len(sizes), width=7.0, share_y=True)
         for axis, eps in zip(axes, sizes, strict=True):
             axis.plot(paper.index, paper[f"adversarial_{eps}_test"], "--", marker="x", color=COLOURS[6], label="paper")
             for label, outcomes, plain, i in (
-                ("ours, float32", record, True, 0),
-                ("ours, exact", record, False, 2),
+                (f"{ours(record)}, float32", record, True, 0),
+                (f"{ours(record)}, exact", record, False, 2),
                 ("live, float32", live, True, 1),
                 ("live, exact", live, False, 5),
             ):
@@ -114,7 +125,7 @@ def accuracy_against_batch(table: str, live: Sequence[Outcome], record: Sequence
                 over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
             axis.set(title=f"ε = {eps}", xlabel="batch size", xscale="log", ylim=(0, 100))
         axes[0].set_ylabel("accuracy under attack, %")
-        axes[0].legend(fontsize=9)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=10)
     return figure
 
 

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hessnb.experiments.run import Outcome
-from hessnb.paper.recorded import Recorded
+from hessnb.paper.recorded import Recorded, papers_own, recorded_as
 from hessnb.paper.tables import NOT_MEASURED
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -99,6 +99,11 @@ def name_axes(figure: Figure, x: str, y: str) -> None:
 def titled(title: str, outcome: Outcome) -> str:
     """Return the title of a panel, with the profile where the outcome is not of the paper's scale but stands for it."""
     return title if not isinstance(outcome, Recorded) or outcome.papers_own else f"{title} ({outcome.profile})"
+
+
+def ours(record: Sequence[Outcome]) -> str:
+    """Return what a legend calls the numbers of the record beside the paper's: only the paper's own scale is that."""
+    return "ours, paper's scale" if papers_own(record) else recorded_as(record)
 
 
 def legend(figure: Figure, handles: Mapping[str, Line2D], *, columns: int) -> None:
