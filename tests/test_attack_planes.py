@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.patches import Circle
+from matplotlib.text import Annotation
 from torch import Tensor, nn
 
 from hessnb import figures
@@ -62,4 +64,10 @@ def test_the_figure_shows_each_plane_with_its_steps_and_classes() -> None:
         assert sum(isinstance(patch, Circle) for patch in axis.patches) == 1
         at = {text.get_text(): text.get_position() for text in axis.texts}
         assert at[names[0]][0] < 0.5 < at[names[1]][0]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
+        wrong, right = np.asarray(axis.collections[0].get_facecolor())[:, :3] @ [0.299, 0.587, 0.114]
+        assert right - wrong > 0.1  # told apart in grey
+        arrows = [text.arrow_patch for text in axis.texts if isinstance(text, Annotation)]
+        assert [arrow.get_linestyle() for arrow in arrows if arrow] == ["-", "--"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
+    assert [line.get_linestyle() for line in legend.get_lines()] == ["-", "--"]

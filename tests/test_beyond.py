@@ -337,4 +337,8 @@ def test_figures_draw_what_is_there(store: Store, tmp_path: Path) -> None:
     assert np.asarray(curve.get_ydata()).tolist() == followed["lambda1"]
     bound = np.asarray(figures["edge"].axes[0].lines[1].get_ydata())
     assert bound.tolist() == pytest.approx([10.0, 10.0])  # 2 / 0.2
+    upper, lower = figures["edge"].axes
+    marks = [line.get_marker() for line in lower.lines]  # in grey, marks tell the curves apart and whose each bound is
+    assert len(set(marks)) == len(descents)
+    assert [line.get_marker() for line in upper.lines] == [mark for mark in marks for _ in ("curve", "bound")]
     assert len(figures["densities"].axes) == 2

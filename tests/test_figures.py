@@ -9,14 +9,20 @@ from functools import partial
 
 import numpy as np
 import pytest
+from matplotlib.container import BarContainer
 
 from hessnb import figures
+from hessnb.experiments.grid import artefact
+from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import Outcome
+from hessnb.experiments.spec import Spectrum
 from hessnb.experiments.store import Measurement
 from hessnb.figures import beyond
 from hessnb.figures.style import grid, plain_log_labels
+from hessnb.paper.attacks import DampingSweep
 from hessnb.paper.large_batch import attacked
 from hessnb.paper.recorded import Recorded, from_record
+from hessnb.statistics import Interval
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +136,36 @@ def test_logarithmic_axis_has_plain_labels_unless_two_powers_of_ten_are_in_view(
     }
     assert [shown[place].get_text() for place in sorted(shown)] == labels
     assert {tick.get_fontsize() for tick in shown.values()} == {10}
+
+
+def test_training_curves_are_told_apart_by_a_few_marks() -> None:
+    outcomes = [o for o in from_record("table7") if o.task.spec.recipe.seed == 0]
+    for axis in figures.training_curves(outcomes).axes:
+        assert len({line.get_marker() for line in axis.lines}) == len(outcomes) == 6
+        for line in axis.lines:
+            marked, n = line.get_markevery(), len(np.asarray(line.get_xdata()))
+            assert isinstance(marked, list)
+            assert (marked[0], marked[-1]) == (0, n - 1)
+            assert len(marked) <= 8
+
+
+def test_marks_tell_which_layers_a_largest_eigenvalue_belongs_to() -> None:
+    blocks = [
+        Outcome(task, None, {m: Measurement(m, {"eigenvalues": [2.0, 1.0]}, {}) for m in task.measures})
+        for task in artefact("layers").tasks(load_profile("smoke"), 1)
+    ]
+    whole = Spectrum(split="train", k=1, tol=1e-3)
+    wholes = [replace(o, measurements={whole: Measurement(whole, {"eigenvalues": [3.0]}, {})}) for o in blocks]
+    (axis,) = figures.layer_spectra(blocks, wholes).axes
+    bounds = [line for line in axis.lines if line.get_linestyle() == "--"]
+    points = [line for line in axis.lines if not str(line.get_label()).startswith("_")]
+    assert [line.get_marker() for line in bounds] == [line.get_marker() for line in points]
+    assert len({line.get_marker() for line in bounds}) == len(blocks) == 2
+
+
+def test_bars_of_dampings_are_told_apart_by_hatches_that_a_legend_names() -> None:
+    sweep = DampingSweep((0.0, 1.0), [Interval(0.5, 0.4, 0.6)] * 2, [3, 1])
+    upper, lower = figures.dampings({"M1": sweep, "C3": sweep}).axes
+    assert len({bars.patches[0].get_hatch() for bars in lower.containers if isinstance(bars, BarContainer)}) == 2
+    for axis in (upper, lower):
+        assert axis.get_legend_handles_labels()[1] == ["M1", "C3"]

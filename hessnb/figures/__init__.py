@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,7 +29,7 @@ from hessnb.figures.large_batch import (
     spectra,
     training_curves,
 )
-from hessnb.figures.style import COLOURS, MARKERS, grid, legend, name_axes, one_row, style
+from hessnb.figures.style import COLOURS, HATCHES, MARKERS, grid, legend, look, name_axes, one_row, style
 from hessnb.paper.adversarial import accuracy_under, network_name
 from hessnb.paper.attack_planes import AttackPlane
 from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
@@ -248,16 +249,17 @@ def attack_planes(
         for axis, (title, plane) in zip(axes, planes.items(), strict=False):
             places = plane.positions.numpy()
             right = (plane.classes == plane.true).T.double().numpy()
-            axis.contourf(places, places, right, levels=[-0.5, 0.5, 1.5], colors=["#F7DDB0", "#CFE4F1"])
+            # In grey the one is darker than the other.
+            axis.contourf(places, places, right, levels=[-0.5, 0.5, 1.5], colors=["#F0C27B", "#DCECF6"])
             heights = plane.losses.clamp_min(torch.finfo(torch.float64).tiny).log10().T.numpy()
             levels = range(math.floor(heights.min()), math.ceil(heights.max()) + 1)
             axis.contour(places, places, heights, levels=levels, colors="0.45", linestyles="-", linewidths=0.8)
             axis.add_patch(Circle((0, 0), 1, fill=False, linestyle=":"))
             arrow = {"arrowstyle": "->", "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
             for i, (u, v) in enumerate(plane.ends.tolist()):
-                colour = COLOURS[(0, 5)[i]]
-                axis.annotate("", (u, v), (0, 0), arrowprops=arrow | {"color": colour})
-                handles[steps[i]] = Line2D([], [], color=colour)
+                line: dict[str, Any] = {"color": COLOURS[(0, 5)[i]], "linestyle": ("-", "--")[i]}
+                axis.annotate("", (u, v), (0, 0), arrowprops=arrow | line)
+                handles[steps[i]] = Line2D([], [], **line)
             for found in plane.classes.unique().tolist():
                 region = plane.classes == found
                 if float(region.double().mean()) >= _NAMED:
@@ -293,14 +295,16 @@ def dampings(sweeps: Mapping[str, DampingSweep]) -> Figure:
                 [100 * (a.value - a.low) for a in sweep.accuracies],
                 [100 * (a.high - a.value) for a in sweep.accuracies],
             ]
-            line = {"marker": MARKERS[i], "color": COLOURS[i]}
-            upper.errorbar(positions, heights, yerr=bars, capsize=3, label=label, **line)
+            upper.errorbar(positions, heights, yerr=bars, capsize=3, label=label, **look(i))
             width = 0.8 / len(sweeps)
             left = [p + width * (i - (len(sweeps) - 1) / 2) for p in positions]
             shares = [100 * n / sum(sweep.chosen) for n in sweep.chosen]
-            lower.bar(left, shares, width, color=COLOURS[i])
+            lower.bar(
+                left, shares, width, color=COLOURS[i], hatch=HATCHES[i % len(HATCHES)], edgecolor="white", label=label
+            )
             lower.set_xticks(positions, sweep.labels, rotation=45, ha="right")
         upper.set(ylabel="accuracy, %, all alike")
         lower.set(ylabel="chosen for, %", xlabel="damping, in multiples of the largest eigenvalue")
         upper.legend(fontsize=10)
+        lower.legend(fontsize=10)
     return figure

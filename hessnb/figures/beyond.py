@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hessnb.curvature import SpectralDensity
 from hessnb.experiments.run import Outcome
-from hessnb.figures.style import COLOURS, MARKERS, over_seeds, style
+from hessnb.figures.style import COLOURS, MARKERS, bound, look, over_seeds, style
 from hessnb.paper.beyond import RESOLUTION, Rescaling, followed, spectral, under_fgsm
 from hessnb.paper.large_batch import lambda1
 from hessnb.paper.recorded import recorded_as
@@ -78,9 +78,9 @@ def _counts(density: SpectralDensity, edges: Sequence[float]) -> tuple[list[floa
 
 
 def edge(outcomes: Sequence[Outcome]) -> Figure:
-    """Show the largest eigenvalue (above) and the training loss (below) along gradient descent, one colour a rate.
+    """Show the largest eigenvalue (above) and the training loss (below) along gradient descent, a curve a rate.
 
-    Dashed is the bound of stability of each learning rate.
+    Dashed is the bound of stability of each learning rate, with the mark of its curve at the end.
     """
     with style():
         figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 5.2), layout="constrained", sharex=True)
@@ -88,9 +88,9 @@ def edge(outcomes: Sequence[Outcome]) -> Figure:
         for i, outcome in enumerate(outcomes):
             recipe, found = outcome.task.spec.recipe, followed(outcome)
             if found:
-                line = {"color": COLOURS[i], "label": f"learning rate {recipe.lr:g}"}
-                upper.plot(found["epoch"], found["lambda1"], marker=MARKERS[i], markersize=4, **line)
-                upper.axhline(stability_bound(recipe.lr, recipe.momentum), linestyle="--", color=COLOURS[i])
+                line = {**look(i), "markersize": 4, "label": f"learning rate {recipe.lr:g}"}
+                upper.plot(found["epoch"], found["lambda1"], **line)
+                bound(upper, stability_bound(recipe.lr, recipe.momentum), i)
                 lower.semilogy(found["epoch"], found["train_loss"], **line)
         upper.set(ylabel="largest eigenvalue", ylim=(0, None))
         upper.legend(fontsize=10)
@@ -112,8 +112,8 @@ def sharpening(outcomes: Sequence[Outcome]) -> Figure:
                 axis.semilogy(shares, heights, marker=MARKERS[i], markersize=4, color=COLOURS[i], label=label)
         if outcomes:
             recipe = outcomes[0].task.spec.recipe
-            bound = stability_bound(recipe.lr, recipe.momentum)
-            axis.axhline(bound, linestyle="--", color=COLOURS[6], label=f"2 (1 + β) / lr = {bound:.0f}")
+            limit = stability_bound(recipe.lr, recipe.momentum)
+            axis.axhline(limit, linestyle="--", color=COLOURS[6], label=f"2 (1 + β) / lr = {limit:.0f}")
         axis.set(xlabel="epochs, % of the training", ylabel="largest eigenvalue")
         axis.legend(fontsize=10)
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -13,6 +14,8 @@ from hessnb.figures.style import (
     COLOURS,
     MARKERS,
     absent,
+    bound,
+    look,
     missing,
     one_row,
     ours,
@@ -29,15 +32,18 @@ from hessnb.paper.published import published
 
 def training_curves(outcomes: Sequence[Outcome]) -> Figure:
     """Show training loss against epochs (left) and against optimiser steps (right), one line a run."""
+    trained = [(o, o.result.history) for o in outcomes if o.result and o.result.history]
     with style():
         figure, (left, right) = one_row(2, width=7.0)
-        for i, outcome in enumerate(o for o in outcomes if o.result):
-            recipe, history = outcome.task.spec.recipe, outcome.result.history if outcome.result else []
+        for i, (outcome, history) in enumerate(trained):
+            recipe = outcome.task.spec.recipe
             n_train = len(load_data(outcome.task.spec.data, "cpu").train)
             losses = [epoch.train_loss for epoch in history]
             epochs = [epoch.epoch for epoch in history]
             steps = [epoch * -(-n_train // recipe.batch_size) for epoch in epochs]
-            line = {"color": COLOURS[i % len(COLOURS)], "label": f"B = {recipe.batch_size}"}
+            # A few marks, equally far apart on the logarithmic axes.
+            marked = sorted({round(n) - 1 for n in np.geomspace(1, len(epochs), 8)})
+            line = {**look(i), "markevery": marked, "label": f"B = {recipe.batch_size}"}
             left.loglog(epochs, losses, **line)
             right.loglog(steps, losses, **line)
         left.set(xlabel="epoch", ylabel="training loss")
@@ -64,13 +70,7 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
                 continue
             for i, (label, eigenvalues) in enumerate(lines.items()):
                 if eigenvalues:
-                    axis.semilogy(
-                        range(1, len(eigenvalues) + 1),
-                        eigenvalues,
-                        marker=MARKERS[i % len(MARKERS)],
-                        color=COLOURS[i % len(COLOURS)],
-                        label=label,
-                    )
+                    axis.semilogy(range(1, len(eigenvalues) + 1), eigenvalues, **look(i), label=label)
             missing(axis, [label for label, eigenvalues in lines.items() if not eigenvalues])
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             plain_log_labels(axis)
@@ -153,21 +153,24 @@ def accuracy_against_measures(outcomes: Sequence[Outcome], eps: float) -> Figure
 
 
 def layer_spectra(blocks: Sequence[Outcome], whole: Sequence[Outcome]) -> Figure:
-    """Show the leading eigenvalues of each layer's block of the training Hessian, one colour a batch size."""
+    """Show the leading eigenvalues of each layer's block of the training Hessian, one colour and mark a batch size.
+
+    Dashed are the largest of the ``whole`` Hessians, with the mark of the batch size at their end.
+    """
     with style():
         figure, (axis,) = one_row()
         names: dict[str, str] = {}
         for i, block in enumerate(blocks):
             spec = block.task.spec
             names = layers(spec.model.name, variant=spec.model.variant)
-            line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": ""}
             for column, layer in enumerate(names):
                 values = block.eigenvalues("train", layer)
                 label = {"label": f"B = {spec.recipe.batch_size}"} if column == 0 else {}
-                axis.semilogy([column + 0.12 * (2 * i - len(blocks) + 1)] * len(values), values, **line, **label)
+                places = [column + 0.12 * (2 * i - len(blocks) + 1)] * len(values)
+                axis.semilogy(places, values, linestyle="", **look(i), **label)
             for outcome in whole:
                 if outcome.task.spec == spec and outcome.eigenvalues("train"):
-                    axis.axhline(outcome.eigenvalues("train")[0], linestyle="--", linewidth=1.2, color=line["color"])
+                    bound(axis, outcome.eigenvalues("train")[0], i)
         axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names.values()])
         axis.set(ylabel="eigenvalue of the layer's block")
         axis.grid(axis="x", visible=False)

@@ -15,13 +15,12 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import Interpolation, LossLine
 from hessnb.figures.style import (
-    COLOURS,
-    MARKERS,
     SETS,
     absent,
     grid,
     legend,
     legend_of_sets,
+    look,
     missing,
     name_axes,
     nothing,
@@ -70,10 +69,7 @@ def robust_spectra(outcomes: Sequence[Outcome]) -> Figure:
                 absent(axis)
                 continue
             for i, values in enumerate(lines.values()):
-                axis.plot(
-                    range(1, len(values) + 1), values, marker=MARKERS[i % len(MARKERS)],
-                    color=COLOURS[i % len(COLOURS)], markersize=3.5, linewidth=1.1,
-                )  # fmt: skip
+                axis.plot(range(1, len(values) + 1), values, **look(i), markersize=3.5, linewidth=1.1)
             missing(axis, [name for name, values in lines.items() if not values])
             _signed_log(axis, [v for values in lines.values() for v in values])
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -99,10 +95,7 @@ def few_against_all(networks: Mapping[str, Sequence[Outcome]]) -> Figure:
                 points = [(x, y) for x, y in pairs if x > 0 and y > 0]
                 if points:
                     every += [v for point in points for v in point]
-                    axis.loglog(
-                        *zip(*points, strict=True), linestyle="", marker=MARKERS[i % len(MARKERS)],
-                        color=COLOURS[i % len(COLOURS)], markersize=4, alpha=0.7,
-                    )  # fmt: skip
+                    axis.loglog(*zip(*points, strict=True), linestyle="", **look(i), markersize=4, alpha=0.7)
                     labels[network_name(outcome.task.spec)] = _mark(i)
             if len(every) == 1:
                 absent(axis)
@@ -160,4 +153,4 @@ def _signed_log(axis: Axes, values: Sequence[float]) -> None:
 
 
 def _mark(i: int) -> Line2D:
-    return Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], markersize=4, linewidth=1)
+    return Line2D([], [], **look(i), markersize=4, linewidth=1)

@@ -22,6 +22,7 @@ from hessnb.paper.tables import NOT_MEASURED
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "///", "...", "xxx")
 
 
 # Losses over which samples, as the paper colours them: blue, red and green, in shades that the colour-blind tell apart;
@@ -117,6 +118,16 @@ def legend(figure: Figure, handles: Mapping[str, Line2D], *, columns: int) -> No
 def legend_of_sets(figure: Figure, names: Sequence[str]) -> None:
     """Put a legend of `SETS` above all panels."""
     legend(figure, {SETS[name]["label"]: Line2D([], [], **SETS[name]) for name in names}, columns=len(names))  # type: ignore[arg-type]
+
+
+def look(i: int) -> dict[str, Any]:
+    """Return colour and marker of the i-th curve: the colour alone does not tell it apart in grey."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def bound(axis: Axes, height: float, i: int) -> None:
+    """Draw a dashed line across a panel, at a height that belongs to the i-th curve, with its marker at the end."""
+    axis.axhline(height, linestyle="--", linewidth=1.2, **look(i), markevery=[1], clip_on=False)
 
 
 def over_seeds(axis: Axes, points: Sequence[tuple[float, float]], *, marker: str, color: str, label: str) -> None:
