@@ -1,4 +1,4 @@
-"""Figures against the batch size: a line through the mean over the seeds, and each seed beside it."""
+"""Figures of large batches, and what all figures share: names of what is missing, plain labels, curves told apart."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
 
 from hessnb import figures
 from hessnb.experiments.grid import artefact
@@ -17,11 +18,12 @@ from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import Outcome
 from hessnb.experiments.spec import Spectrum
 from hessnb.experiments.store import Measurement
-from hessnb.figures import beyond
+from hessnb.figures import beyond, landscape, robust
 from hessnb.figures.style import grid, plain_log_labels
 from hessnb.paper.attacks import DampingSweep
 from hessnb.paper.large_batch import attacked
 from hessnb.paper.recorded import Recorded, from_record
+from hessnb.paper.tables import NOT_MEASURED
 from hessnb.statistics import Interval
 
 
@@ -169,3 +171,37 @@ def test_bars_of_dampings_are_told_apart_by_hatches_that_a_legend_names() -> Non
     assert len({bars.patches[0].get_hatch() for bars in lower.containers if isinstance(bars, BarContainer)}) == 2
     for axis in (upper, lower):
         assert axis.get_legend_handles_labels()[1] == ["M1", "C3"]
+
+
+# How each figure of outcomes is drawn of some, and an artefact that it shows.
+DRAWN: dict[Callable[[list[Outcome]], Figure], str] = {
+    figures.training_curves: "table7",
+    figures.spectra: "fig1",
+    lambda some: figures.lambda1_against_batch("table7", some, some): "table7",
+    lambda some: figures.accuracy_against_batch("table7", some, some): "table7",
+    lambda some: figures.accuracy_against_measures(some, 0.1): "table7",
+    lambda some: figures.layer_spectra(some, some): "layers",
+    figures.transfer_and_white_box: "table4",
+    lambda some: figures.accuracy_against_cg_steps(some, some): "cg",
+    lambda some: figures.accuracy_against_size(some, some): "eps",
+    lambda some: beyond.densities(some, some): "density",
+    beyond.edge: "edge",
+    beyond.sharpening: "sharpening",
+    lambda some: beyond.learning_rates(some, some, 0.1): "silent_lr",
+    landscape.loss_lines: "fig6",
+    landscape.loss_planes: "fig7",
+    landscape.parabolas: "fig6",
+    robust.interpolations: "fig10",
+    robust.robust_lines: "fig12",
+    robust.robust_spectra: "fig11",
+    lambda some: robust.few_against_all({"M1": some}): "fig11",
+}
+
+
+@pytest.mark.parametrize(("draw", "name"), DRAWN.items())
+def test_figure_with_nothing_to_draw_says_so(draw: Callable[[list[Outcome]], Figure], name: str) -> None:
+    planned = [Outcome(task, None, {}) for task in artefact(name).tasks(load_profile("paper"), 1)]
+    for none in ([], planned):
+        told = [text.get_text() for axis in draw(none).axes for text in axis.texts]
+        assert told
+        assert all(NOT_MEASURED in text for text in told)

@@ -29,7 +29,7 @@ from hessnb.figures.large_batch import (
     spectra,
     training_curves,
 )
-from hessnb.figures.style import COLOURS, HATCHES, MARKERS, grid, legend, look, name_axes, one_row, style
+from hessnb.figures.style import COLOURS, HATCHES, MARKERS, grid, legend, look, name_axes, nothing, one_row, style
 from hessnb.paper.adversarial import accuracy_under, network_name
 from hessnb.paper.attack_planes import AttackPlane
 from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
@@ -75,6 +75,8 @@ def samples(sets: Mapping[str, Splits], n: int = 10) -> Figure:
 def transfer_and_white_box(outcomes: Sequence[Outcome]) -> Figure:
     """Show accuracy (%) of each network on sets made from the original (open) and on itself (filled), by attack."""
     with style():
+        if not any(o.measurements for o in outcomes):
+            return nothing("all networks")
         figure, (axis,) = one_row(width=7.0)
         for column, outcome in enumerate(outcomes):
             for i, method in enumerate(ATTACKS):
@@ -161,8 +163,10 @@ def perturbed_pictures(x: Tensor, ends: Mapping[str, Tensor], verdicts: Mapping[
 
 def accuracy_against_cg_steps(live: Sequence[Outcome], record: Sequence[Outcome]) -> Figure:
     """Show accuracy (%) under the second-order attacks against conjugate gradient steps, from one to exact."""
-    solvers = cg_settings(live)
+    solvers = cg_settings(live or record)
     with style():
+        if not any(o.measurements for o in (*live, *record)):
+            return nothing("all steps")
         figure, (axis,) = one_row()
         for i, method in enumerate(SECOND_ORDER):
             for outcomes, line, told in ((live, "-", "live"), (record, "--", recorded_as(record))):
@@ -183,6 +187,8 @@ def accuracy_against_size(live: Sequence[Outcome], record: Sequence[Outcome]) ->
     shown = [(outcomes, title) for outcomes, title in ((live, "live"), (record, recorded_as(record)))]
     shown = [(outcomes, title) for outcomes, title in shown if any(o.measurements for o in outcomes)]
     with style():
+        if not shown:
+            return nothing("all sizes")
         figure, axes = one_row(len(shown), width=6.0 if len(shown) == 1 else 7.0, share_y=True)
         for axis, (outcomes, title) in zip(axes, shown, strict=True):
             attacks = [m.attack for m in outcomes[0].task.measures if isinstance(m, AttackAccuracy)]

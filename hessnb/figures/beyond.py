@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hessnb.curvature import SpectralDensity
 from hessnb.experiments.run import Outcome
-from hessnb.figures.style import COLOURS, MARKERS, bound, look, over_seeds, style
+from hessnb.figures.style import COLOURS, MARKERS, bound, look, nothing, over_seeds, style
 from hessnb.paper.beyond import RESOLUTION, Rescaling, followed, spectral, under_fgsm
 from hessnb.paper.large_batch import lambda1
 from hessnb.paper.recorded import recorded_as
@@ -29,11 +29,13 @@ def densities(outcomes: Sequence[Outcome], top: Sequence[Outcome]) -> Figure:
     Bars are means over random probes with their standard errors, ticks above them the leading eigenvalues of ``top``.
     """
     shown = [(o, density) for o in outcomes if (density := spectral(o))]
-    largest = max((float(density.nodes.max()) for _, density in shown), default=1.0)
-    lowest = min((float(density.nodes.min()) for _, density in shown), default=-1.0)
-    inner = 10.0 ** round(torch.tensor(RESOLUTION * largest).log10().item())
     exact = {o.task.spec: o.eigenvalues("train") for o in top}
     with style():
+        if not shown:
+            return nothing("all batch sizes")
+        largest = max(float(density.nodes.max()) for _, density in shown)
+        lowest = min(float(density.nodes.min()) for _, density in shown)
+        inner = 10.0 ** round(torch.tensor(RESOLUTION * largest).log10().item())
         figure, axes = plt.subplots(
             len(shown), 1, figsize=(6.4, 1.35 * len(shown) + 0.6), layout="constrained", sharex=True, squeeze=False
         )
@@ -51,9 +53,8 @@ def densities(outcomes: Sequence[Outcome], top: Sequence[Outcome]) -> Figure:
             axis.set_xscale("symlog", linthresh=inner, linscale=0.5)
             axis.set(ylim=(0.1, 3 * density.n), yticks=[1, 1e2, 1e4], xlim=(min(2 * lowest, -3 * inner), 2 * largest))
             axis.set_title(f"B = {outcome.task.spec.recipe.batch_size}", loc="left", fontsize=11)
-        if shown:
-            axes[-1, 0].set_xlabel("eigenvalue of the training Hessian")
-            figure.supylabel("eigenvalues in the bin", fontsize=12)
+        axes[-1, 0].set_xlabel("eigenvalue of the training Hessian")
+        figure.supylabel("eigenvalues in the bin", fontsize=12)
     return figure
 
 
@@ -82,16 +83,17 @@ def edge(outcomes: Sequence[Outcome]) -> Figure:
 
     Dashed is the bound of stability of each learning rate, with the mark of its curve at the end.
     """
+    shown = [(o.task.spec.recipe, found) for o in outcomes if (found := followed(o))]
     with style():
+        if not shown:
+            return nothing("all learning rates")
         figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 5.2), layout="constrained", sharex=True)
         plt.close(figure)
-        for i, outcome in enumerate(outcomes):
-            recipe, found = outcome.task.spec.recipe, followed(outcome)
-            if found:
-                line = {**look(i), "markersize": 4, "label": f"learning rate {recipe.lr:g}"}
-                upper.plot(found["epoch"], found["lambda1"], **line)
-                bound(upper, stability_bound(recipe.lr, recipe.momentum), i)
-                lower.semilogy(found["epoch"], found["train_loss"], **line)
+        for i, (recipe, found) in enumerate(shown):
+            line = {**look(i), "markersize": 4, "label": f"learning rate {recipe.lr:g}"}
+            upper.plot(found["epoch"], found["lambda1"], **line)
+            bound(upper, stability_bound(recipe.lr, recipe.momentum), i)
+            lower.semilogy(found["epoch"], found["train_loss"], **line)
         upper.set(ylabel="largest eigenvalue", ylim=(0, None))
         upper.legend(fontsize=10)
         lower.set(xlabel="step of gradient descent", ylabel="training loss")
@@ -99,21 +101,21 @@ def edge(outcomes: Sequence[Outcome]) -> Figure:
 
 
 def sharpening(outcomes: Sequence[Outcome]) -> Figure:
-    """Show the largest eigenvalue along training against the share of it that is done, one colour a batch size."""
+    """Show the largest eigenvalue along training against the share of it that is done, a curve a batch size."""
+    shown = [(o.task.spec.recipe, found) for o in outcomes if (found := followed(o))]
     with style():
+        if not shown:
+            return nothing("all batch sizes")
         figure, axis = plt.subplots(figsize=(6.0, 3.8), layout="constrained")
         plt.close(figure)
-        for i, outcome in enumerate(outcomes):
-            recipe, found = outcome.task.spec.recipe, followed(outcome)
-            if found:
-                shares = [100 * epoch / found["epoch"][-1] for epoch in found["epoch"]]
-                heights = [max(value, 1e-3) for value in found["lambda1"]]
-                label = f"B = {recipe.batch_size}, {found['epoch'][-1]} epochs"
-                axis.semilogy(shares, heights, marker=MARKERS[i], markersize=4, color=COLOURS[i], label=label)
-        if outcomes:
-            recipe = outcomes[0].task.spec.recipe
-            limit = stability_bound(recipe.lr, recipe.momentum)
-            axis.axhline(limit, linestyle="--", color=COLOURS[6], label=f"2 (1 + β) / lr = {limit:.0f}")
+        for i, (recipe, found) in enumerate(shown):
+            shares = [100 * epoch / found["epoch"][-1] for epoch in found["epoch"]]
+            heights = [max(value, 1e-3) for value in found["lambda1"]]
+            label = f"B = {recipe.batch_size}, {found['epoch'][-1]} epochs"
+            axis.semilogy(shares, heights, **look(i), markersize=4, label=label)
+        recipe, _ = shown[0]
+        limit = stability_bound(recipe.lr, recipe.momentum)
+        axis.axhline(limit, linestyle="--", color=COLOURS[6], label=f"2 (1 + β) / lr = {limit:.0f}")
         axis.set(xlabel="epochs, % of the training", ylabel="largest eigenvalue")
         axis.legend(fontsize=10)
     return figure
@@ -145,7 +147,10 @@ def learning_rates(live: Sequence[Outcome], record: Sequence[Outcome], eps: floa
 
     Dotted on the left is the bound of stability.
     """
+    recipes = [o.task.spec.recipe for outcomes in (live, record) for o in outcomes if o.result]
     with style():
+        if not recipes:
+            return nothing("all learning rates")
         figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, 3.6), layout="constrained")
         plt.close(figure)
         shown: tuple[tuple[Axes, Callable[[Sequence[Outcome]], list[float]]], ...] = (
@@ -156,7 +161,6 @@ def learning_rates(live: Sequence[Outcome], record: Sequence[Outcome], eps: floa
             for axis, of in shown:
                 points = [(o.task.spec.recipe.lr, of([o])[0]) for o in outcomes if of([o])]
                 over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
-        recipes = [o.task.spec.recipe for outcomes in (live, record) for o in outcomes if o.result]
         bounds = sorted({(r.lr, stability_bound(r.lr, r.momentum)) for r in recipes})
         left.plot(*zip(*bounds, strict=True), ":", color=COLOURS[6], label="2 (1 + β) / lr")
         left.set(yscale="log", ylabel="largest eigenvalue")

@@ -47,6 +47,8 @@ def parabolas(outcomes: Sequence[Outcome]) -> Figure:
     """
     shown = [o for o in extremes(outcomes) if line(o) and o.eigenvalues("train")]
     with style():
+        if not shown:
+            return nothing("all batch sizes")
         figure, axes = grid(len(shown), shared=True, height=2.6)
         for axis, outcome in zip(axes, shown, strict=False):
             distances, rises = rise(outcome)

@@ -17,6 +17,7 @@ from hessnb.figures.style import (
     bound,
     look,
     missing,
+    nothing,
     one_row,
     ours,
     over_seeds,
@@ -34,6 +35,8 @@ def training_curves(outcomes: Sequence[Outcome]) -> Figure:
     """Show training loss against epochs (left) and against optimiser steps (right), one line a run."""
     trained = [(o, o.result.history) for o in outcomes if o.result and o.result.history]
     with style():
+        if not trained:
+            return nothing("all batch sizes")
         figure, (left, right) = one_row(2, width=7.0)
         for i, (outcome, history) in enumerate(trained):
             recipe = outcome.task.spec.recipe
@@ -60,6 +63,8 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
     first = of_first_seed(outcomes)
     networks = list(dict.fromkeys(outcome.task.spec.model.name for outcome in first))
     with style():
+        if not networks:
+            return nothing("all batch sizes")
         figure, axes = one_row(len(networks), width=6.0 if len(networks) == 1 else 7.0)
         for axis, network in zip(axes, networks, strict=True):
             trained = [o for o in first if o.task.spec.model.name == network]
@@ -84,8 +89,10 @@ def lambda1_against_batch(table: str, live: Sequence[Outcome], record: Sequence[
 
     The paper's are those of ``table`` for the same network. One of ``live`` and ``record`` may be empty.
     """
-    paper = published(table).loc[(*live, *record)[0].task.spec.model.name]
     with style():
+        if not any(o.measurements for o in (*live, *record)):
+            return nothing("all batch sizes")
+        paper = published(table).loc[(*live, *record)[0].task.spec.model.name]
         figure, axes = one_row(2, width=7.0, share_y=True)
         for axis, split in zip(axes, ("train", "test"), strict=True):
             axis.loglog(paper.index, paper[f"lambda1_{split}"], "--", marker="x", color=COLOURS[6], label="paper")
@@ -105,9 +112,12 @@ def accuracy_against_batch(table: str, live: Sequence[Outcome], record: Sequence
 
     The paper's are those of ``table`` for the same network. One of ``live`` and ``record`` may be empty.
     """
-    paper = published(table).loc[(*live, *record)[0].task.spec.model.name]
-    sizes = [column.split("_")[1] for column in paper.columns if column.startswith("adversarial") and "test" in column]
     with style():
+        if not any(o.measurements for o in (*live, *record)):
+            return nothing("all batch sizes")
+        paper = published(table).loc[(*live, *record)[0].task.spec.model.name]
+        attacks = [column for column in paper.columns if column.startswith("adversarial") and "test" in column]
+        sizes = [column.split("_")[1] for column in attacks]
         figure, axes = one_row(len(sizes), width=7.0, share_y=True)
         for axis, eps in zip(axes, sizes, strict=True):
             axis.plot(paper.index, paper[f"adversarial_{eps}_test"], "--", marker="x", color=COLOURS[6], label="paper")
@@ -137,6 +147,8 @@ def accuracy_against_measures(outcomes: Sequence[Outcome], eps: float) -> Figure
         "norm of the input gradient, mean": input_gradient,
     }
     with style():
+        if not any(o.measurements for o in outcomes):
+            return nothing("all networks")
         figure, axes = one_row(len(measures), width=7.0, share_y=True)
         for axis, (label, measure) in zip(axes, measures.items(), strict=True):
             for outcome in outcomes:
@@ -158,6 +170,8 @@ def layer_spectra(blocks: Sequence[Outcome], whole: Sequence[Outcome]) -> Figure
     Dashed are the largest of the ``whole`` Hessians, with the mark of the batch size at their end.
     """
     with style():
+        if not any(o.measurements for o in blocks):
+            return nothing("all layers")
         figure, (axis,) = one_row()
         names: dict[str, str] = {}
         for i, block in enumerate(blocks):

@@ -89,8 +89,8 @@ def few_against_all(networks: Mapping[str, Sequence[Outcome]]) -> Figure:
         for axis, (title, outcomes) in zip(axes, networks.items(), strict=False):
             axis.set_title(title, fontsize=11)
             shown, every = of_first_seed(outcomes), [0.0]
-            *_, few, full = spectra(shown)
             for i, outcome in enumerate(shown):
+                *_, few, full = spectra(shown)  # of no outcome at all there are none
                 pairs = zip(eigenvalues(outcome, full), eigenvalues(outcome, few), strict=False)
                 points = [(x, y) for x, y in pairs if x > 0 and y > 0]
                 if points:
