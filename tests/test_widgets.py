@@ -287,6 +287,29 @@ def test_names_are_text_not_markup(digits: Splits) -> None:
     assert html.unescape(explorer.choices[0].options[0]) == "1: <b>&amp;"
 
 
+def test_names_with_braces_are_no_fields(models: dict[str, nn.Module], digits: Splits) -> None:
+    classes = ["{x}", *digits.classes[1:]]
+    zero = Split(digits.test.images[:1], torch.tensor([0]))
+    attacked = attack_explorer(models["16"], zero, classes, attacks={"{said}": fgsm}, eps=(0.1,))
+    direction = {"{t}": torch.zeros(sum(p.numel() for p in models["16"].parameters()))}
+    moved = landscape_explorer(
+        {"{x}": models["16"]}, {"{x}": direction}, Splits(zero, zero, tuple(classes)), positions=[0, 1], by="{y}"
+    )
+    for explorer in (attacked, moved):
+        assert "{x}" in html.unescape(explorer.page().split('<script type="application/json">')[0])
+        # Python and the page's script both take what is in braces for a field.
+        assert set(re.findall(r"\{(\w+)\}", explorer.template)) <= set(explorer.state(explorer.start))
+
+
+def test_live_labels_are_text(models: dict[str, nn.Module], digits: Splits) -> None:
+    pytest.importorskip("ipywidgets")
+    direction = {"d": torch.zeros(sum(p.numel() for p in models["16"].parameters()))}
+    explorer = landscape_explorer({"a": models["16"]}, {"a": direction}, digits, positions=[0, 1], by="a & b")
+    controls, _ = explorer.live.children
+    assert controls.children[0].description == "a & b"
+    assert ">a &amp; b</label>" in explorer.page()
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +322,8 @@ def test_names_are_text_not_markup(digits: Splits) -> None:
         ({"classes": ("a", "b")}, "2 classes"),
         ({"images": Split(torch.zeros(0, 1, 28, 28), torch.zeros(0, dtype=torch.int64))}, "no images"),
         ({"attacks": {}}, "nothing to choose"),
+        ({"finer": 0}, "finer = 0"),
+        ({"finer": 2.0}, "finer = 2.0"),
     ],
 )
 def test_attack_explorer_refuses(
@@ -315,6 +340,14 @@ def test_landscape_explorer_refuses_positions_that_do_not_ascend(
 ) -> None:
     with pytest.raises(InputError, match="ascend"):
         landscape_explorer(models, directions, digits, positions=positions)
+
+
+@pytest.mark.parametrize("finer", [0, -1])
+def test_landscape_explorer_refuses_to_be_finer_by_less_than_one(
+    models: dict[str, nn.Module], directions: dict[str, dict[str, Tensor]], digits: Splits, finer: int
+) -> None:
+    with pytest.raises(InputError, match=f"finer = {finer}"):
+        landscape_explorer(models, directions, digits, finer=finer)
 
 
 def test_landscape_explorer_refuses_directions_that_differ(

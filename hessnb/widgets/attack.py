@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
@@ -10,10 +9,10 @@ from torch import Tensor, nn
 
 from hessnb.attacks import ATTACKS, BEYOND
 from hessnb.data import Split
-from hessnb.errors import InputError
+from hessnb.errors import InputError, whole_number
 from hessnb.models import inference
 from hessnb.widgets import pixels
-from hessnb.widgets.explorer import Choice, Explorer
+from hessnb.widgets.explorer import Choice, Explorer, escaped
 
 _PICTURES = """<div class="hessnb-row">
 <div><img src="{clean}" alt="The picture before: {truth}"><small>before</small></div>
@@ -40,8 +39,8 @@ def attack_explorer(
     ``attacks``: by name, all of `ATTACKS` and `BEYOND` unless given. ``eps``: ascending sizes that are ready-made;
     live there is also none, and there are ``finer`` - 1 sizes between two. Attacks are clipped to ``bounds``.
 
-    Raises InputError for no images, sizes that are not positive or do not ascend, classes that are not the network's,
-    and where the attacks do.
+    Raises InputError for no images, sizes that are not positive or do not ascend, ``finer`` below 1, classes that are
+    not the network's, and where the attacks do.
     """
     chosen_attacks = dict((ATTACKS | BEYOND) if attacks is None else attacks)
     x, y = images.images, images.labels
@@ -49,10 +48,11 @@ def attack_explorer(
         raise InputError("no images: give at least one to attack")
     if not eps or any(b <= a for a, b in zip([0.0, *eps], eps, strict=False)):
         raise InputError(f"eps = {tuple(eps)}: give sizes above 0 in ascending order")
+    whole_number("finer", finer)
     before = _probabilities(model, x)
     if before.shape[1] != len(classes):
         raise InputError(f"{len(classes)} classes for a network of {before.shape[1]} outputs: give the name of each")
-    names, labels = list(chosen_attacks), [html.escape(name) for name in classes]
+    names, labels = list(chosen_attacks), [escaped(name) for name in classes]
     sizes = [a + (b - a) * k / finer for a, b in zip([0.0, *eps], eps, strict=False) for k in range(finer)] + [eps[-1]]
 
     @cache
@@ -75,7 +75,7 @@ def attack_explorer(
             return {}
         ends, after = (part[i] for part in attacked(*rest))
         return {
-            "said": f"{html.escape(names[rest[0]])}, ε = {sizes[rest[1]]:.3g}: {_verdict(before[i], labels)} becomes "
+            "said": f"{escaped(names[rest[0]])}, ε = {sizes[rest[1]]:.3g}: {_verdict(before[i], labels)} becomes "
             f"{_verdict(after, labels)}.",
             "change": pixels.change(ends - x[i]),
             "after": pixels.picture(ends),
@@ -92,7 +92,7 @@ def attack_explorer(
     ready = tuple(range(finer, len(sizes), finer))
     choices = [
         Choice("image", tuple(f"{i + 1}: {labels[int(label)]}" for i, label in enumerate(y))),
-        Choice("attack", tuple(map(html.escape, names))),
+        Choice("attack", tuple(map(escaped, names))),
         Choice("ε", tuple(f"{size:.3g}" for size in sizes), ready, ready[len(ready) // 2], slider=True),
     ]
     return Explorer("Attack explorer", choices, _PICTURES + table, fields)

@@ -29,9 +29,14 @@ _FIELD = re.compile(r"\{(\w+)\}")
 _numbers = itertools.count(1)  # of the page: one kernel makes one page
 
 
+def escaped(text: str) -> str:
+    """Return a text as HTML that a template can hold, too: a brace in it begins no field."""
+    return html.escape(text).replace("{", "&#123;").replace("}", "&#125;")
+
+
 @dataclass(frozen=True)
 class Choice:
-    """A control: its label, the options as they are shown, and which of them are ready-made (all, unless given).
+    """A control: its label and the options, all of them HTML, and which are ready-made (all, unless given).
 
     ``start`` is the option shown at first, a ready-made one; a ``slider`` is for options that are in an order.
     """
@@ -97,7 +102,7 @@ class Explorer:
         wide = {"style": {"description_width": "initial"}, "layout": {"width": "auto", "flex": "1 1 15em"}}
         controls = [
             (ipywidgets.SelectionSlider if choice.slider else ipywidgets.Dropdown)(
-                description=choice.label,
+                description=html.unescape(choice.label),
                 options=[(html.unescape(option), i) for i, option in enumerate(choice.options)],
                 value=choice.start,
                 **wide,

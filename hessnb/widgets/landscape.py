@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 from hessnb.curvature import HessianOperator, lanczos
 from hessnb.data import Split, Splits
-from hessnb.errors import InputError
+from hessnb.errors import InputError, whole_number
 from hessnb.landscape import Landscape, along, displaced, random_direction
 from hessnb.widgets import pixels
-from hessnb.widgets.explorer import Choice, Explorer
+from hessnb.widgets.explorer import Choice, Explorer, escaped
 
 _BATCH = 500
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 390, 10, 190  # of the plot, in a box of 400 by 230
@@ -53,8 +52,8 @@ def landscape_explorer(
     unless given; live there are ``finer`` - 1 between two. The first ``n_samples`` of each set are evaluated, and the
     first ``n_pictures`` of the test set are shown.
 
-    Raises InputError for no networks, directions that are not the same for all, positions that do not ascend, and
-    where `hessnb.landscape.along` does.
+    Raises InputError for no networks, directions that are not the same for all, positions that do not ascend,
+    ``finer`` below 1, and where `hessnb.landscape.along` does.
     """
     networks, names = list(models), list(next(iter(directions.values()), {}))
     if not networks or not names or any(list(directions.get(network, {})) != names for network in networks):
@@ -62,6 +61,7 @@ def landscape_explorer(
     at = torch.as_tensor([n / 20 for n in range(-20, 21)] if positions is None else positions, dtype=torch.float64)
     if at.ndim != 1 or len(at) < 2 or not bool((at.diff() > 0).all()):
         raise InputError("the positions do not ascend: give at least two numbers, each larger than the one before")
+    whole_number("finer", finer)
     shares = torch.arange(finer, dtype=torch.float64) / finer
     fine = torch.cat([torch.lerp(at[:-1, None], at[1:, None], shares).flatten(), at[-1:]]).tolist()
     shown = [_tidy(t) for t in fine]
@@ -94,7 +94,7 @@ def landscape_explorer(
         with torch.no_grad():
             answers = displaced(models[network], directions[network][name], t)(examples.images).double().softmax(1)
         return {
-            "said": f"{html.escape(by)} {html.escape(network)}, {html.escape(name)}, t = {shown[chosen[2]]}: "
+            "said": f"{escaped(by)} {escaped(network)}, {escaped(name)}, t = {shown[chosen[2]]}: "
             + "; ".join(
                 f"{_SETS[key]}: loss {loss:.3g}, {100 * right:.1f}\N{NO-BREAK SPACE}% right"
                 for key, (loss, right) in values.items()
@@ -105,7 +105,7 @@ def landscape_explorer(
             **{f"loss_{key}": f"{loss:.3g}" for key, (loss, _) in values.items()},
             **{f"accuracy_{key}": f"{100 * right:.1f} %" for key, (_, right) in values.items()},
             **{
-                f"answer{i}": f"{'✓' if guess == truth else '✗'} {html.escape(splits.classes[guess])} ({100 * p:.0f} %)"
+                f"answer{i}": f"{'✓' if guess == truth else '✗'} {escaped(splits.classes[guess])} ({100 * p:.0f} %)"
                 for i, (guess, p, truth) in enumerate(
                     zip(answers.argmax(1).tolist(), answers.amax(1).tolist(), examples.labels.tolist(), strict=True)
                 )
@@ -113,8 +113,8 @@ def landscape_explorer(
         }
 
     choices = [
-        Choice(html.escape(by), tuple(map(html.escape, networks))),
-        Choice("direction", tuple(map(html.escape, names))),
+        Choice(escaped(by), tuple(map(escaped, networks))),
+        Choice("direction", tuple(map(escaped, names))),
         Choice("t", tuple(shown), tuple(range(0, len(fine), finer)), finer * int(at.abs().argmin()), slider=True),
     ]
     rows = _table({key: len(part) for key, part in parts.items()})
@@ -191,7 +191,7 @@ def _table(sizes: Mapping[str, int]) -> str:
 
 def _pictures(examples: Split, classes: Sequence[str]) -> str:
     tiles = "".join(
-        f'<div><img src="{pixels.picture(image)}" alt="Test picture of class {html.escape(classes[label])}">'
+        f'<div><img src="{pixels.picture(image)}" alt="Test picture of class {escaped(classes[label])}">'
         f"<small>{{answer{i}}}</small></div>"
         for i, (image, label) in enumerate(zip(examples.images, examples.labels.tolist(), strict=True))
     )
