@@ -16,6 +16,7 @@ import jupytext
 import nbformat
 import yaml
 
+from hessnb.alternatives import missing_in_html, missing_in_markdown
 from hessnb.errors import InputError, unknown
 
 PARAMETERS = ("profile", "seeds", "device", "store")
@@ -151,10 +152,9 @@ def undescribed(notebook: nbformat.NotebookNode) -> list[str]:
             data = output.get("data", {})
             if any(mime.startswith("image/") for mime in data) and (missing := _undescribed(cell)):
                 faults.append(f"the picture of cell {cell.id} has no {missing}")
-            for tag in re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", ""))):
-                # The quotes are escaped where a page's script holds the HTML.
-                if not re.search(r"""(?<![\w-])alt\s*=\s*\\?(["'])(?!\s*\\?\1)""", tag):
-                    faults.append(f"an <img> in the HTML of cell {cell.id} has no alternative text")
+            in_html = missing_in_html("".join(data.get("text/html", "")))
+            in_markdown = missing_in_markdown("".join(data.get("text/markdown", "")))
+            faults += [f"cell {cell.id} shows {picture}" for picture in in_html + in_markdown]
     return faults
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -222,20 +223,59 @@ def test_figures_of_an_executed_notebook_need_a_name_a_caption_and_an_alternativ
     assert "has no alternative text of at least 20" in brief
 
 
+def undescribed_in(mime: str, text: str) -> list[str]:
+    output = nbformat.v4.new_output("display_data", data={mime: text})
+    return notebooks.undescribed(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])]))
+
+
 @pytest.mark.parametrize(
     ("attributes", "described"),
     [
         *(
             (told, False)
-            for told in ("", "alt", "title='A digit'", 'alt=""', "alt=' '", r"alt=\"\"", 'data-alt="A digit"')
+            for told in ("", "alt", "title='A digit'", 'alt=""', "alt=' '", "data-alt='A digit'", "title=\"alt='x'\"")
         ),
-        *((told, True) for told in ('alt="A digit"', "alt='A digit'", "alt = ' A digit'", r"alt=\"A digit\"")),
+        *((told, True) for told in ('alt="A digit"', "alt='A digit'", "alt = ' A digit'", "ALT=digit")),
     ],
 )
-def test_pictures_in_html_need_an_alternative_text_that_is_not_empty(attributes: str, described: bool) -> None:
-    output = nbformat.v4.new_output("display_data", data={"text/html": f"<img src='x' {attributes}>"})
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
-    assert bool(notebooks.undescribed(notebook)) is not described
+def test_pictures_need_an_alternative_text_that_is_not_empty(attributes: str, described: bool) -> None:
+    tag = f"<IMG src='x' {attributes}>"
+    script = '<script type="application/json">' + json.dumps({"a": ["b", tag]}).replace("</", "<\\/") + "</script>"
+    for html in (tag, f"<p>&amp;</p>{script}", f"<script>f(1 < 2)</script>{tag}"):
+        assert bool(undescribed_in("text/html", html)) is not described
+    assert bool(undescribed_in("text/markdown", f"for $a<b$ {tag}, $c>d$")) is not described
+
+
+@pytest.mark.parametrize(
+    ("svg", "described"),
+    [
+        ("<svg></svg>", False),
+        ("<svg>", False),
+        ('<svg aria-label=" "><path d="M0 0"/></svg>', False),
+        ("<svg><title> </title></svg>", False),
+        ("<svg><g><title>of a part</title></g></svg>", False),
+        ("<svg><svg><title>of a part</title></svg></svg>", False),
+        ("<svg></svg><svg aria-label='A curve'><title>A curve</title></svg>", False),
+        ('<svg role="img" aria-label="A curve that falls"></svg>', True),
+        ("<svg>\n <title>A curve that falls</title><path d='M0 0'/></svg>", True),
+        ('<svg aria-hidden="true"></svg> falls', True),
+    ],
+)
+def test_drawings_in_html_need_a_label_unless_they_are_hidden(svg: str, described: bool) -> None:
+    for mime in ("text/html", "text/markdown"):
+        assert bool(undescribed_in(mime, svg)) is not described
+
+
+def test_a_drawing_inside_another_is_a_part_of_it() -> None:
+    assert undescribed_in("text/html", '<svg aria-label="Two curves"><svg></svg></svg>') == []
+
+
+@pytest.mark.parametrize(
+    ("text", "described"),
+    [("![](x.png)", False), ("![ ][x]", False), ("![A digit](x.png)", True), ("A link [](x), a list ![]", True)],
+)
+def test_pictures_in_markdown_need_an_alternative_text(text: str, described: bool) -> None:
+    assert bool(undescribed_in("text/markdown", text)) is not described
 
 
 def test_check_finds_wrong_parameters(project: Path) -> None:

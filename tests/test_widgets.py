@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from hessnb.alternatives import missing_in_html
 from hessnb.attacks import ATTACKS, BEYOND, fgsm
 from hessnb.data import Split, Splits, load
 from hessnb.errors import InputError
@@ -255,6 +256,7 @@ def test_page_needs_nothing_from_elsewhere_and_starts_drawn(explorer: Explorer) 
     page = explorer.page()
     assert not re.search(r"https?:|src=\"(?!data:|\{)|import\(|fetch\(|url\(", page)
     assert explorer.picture(explorer.start) in page
+    assert missing_in_html(page) == [], "every picture is described"
     assert len(page) < 500_000
     first, second = (set(re.findall(r'\bid="([^"]+)"', explorer.page())) for _ in range(2))
     assert len(first) == 4
