@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,29 +120,52 @@ def sync(root: Path) -> list[Path]:
 def check(root: Path) -> list[str]:
     """Return one line for each fault.
 
-    A pair that differs, a cell too long, an algorithm in a cell, odd parameters, a figure without a description.
+    A pair that differs, a notebook without a source, odd parameters; a cell too long or not plain Python, an algorithm
+    in a cell, a figure without a description.
     """
-    faults = []
-    for source in sources(root):
+    chapters = sources(root)
+    faults = [
+        f"{path.name} has no source {path.stem}.md; remove it, or write its source"
+        for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+        if path.with_suffix(".md") not in chapters
+    ]
+    for source in chapters:
         target = source.with_suffix(".ipynb")
         if not target.exists() or target.read_text() != text(source):
             faults.append(f"{target.name} differs from {source.name}; run: hessnb notebooks sync")
         cells = [cell for cell in to_notebook(source).cells[1:] if cell.cell_type == "code"]  # without the install cell
-        for cell in cells:
-            if "figure" in cell.metadata.get("mystnb", {}) and (missing := _undescribed(cell)):
-                faults.append(f"{source.name}: the figure of cell {cell.id} has no {missing}")
-            if len(cell.source.splitlines()) > MAX_CELL_LINES:
-                faults.append(f"{source.name}: cell {cell.id} has more than {MAX_CELL_LINES} lines")
-            if any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(ast.parse(cell.source))):
-                faults.append(f"{source.name}: cell {cell.id} defines a function or class; it belongs into the package")
-            if re.search(r"\{[\w:]+\}`", cell.source):  # a table whose caption holds a reference cannot be referred to
-                faults.append(f"{source.name}: cell {cell.id} refers to another place; that belongs into the prose")
+        faults += [f"{source.name}: {fault}" for cell in cells for fault in _faults(cell)]
         tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
         if len(tagged) != 1 or _assigned(tagged[0].source) != PARAMETERS:
             faults.append(
                 f"{source.name}: one cell tagged 'parameters' must set {', '.join(PARAMETERS)}, in this order"
             )
     return faults
+
+
+def _faults(cell: nbformat.NotebookNode) -> Iterator[str]:
+    """Yield what is wrong with a code cell by itself."""
+    if "figure" in cell.metadata.get("mystnb", {}) and (missing := _undescribed(cell)):
+        yield f"the figure of cell {cell.id} has no {missing}"
+    if len(cell.source.splitlines()) > MAX_CELL_LINES:
+        yield f"cell {cell.id} has more than {MAX_CELL_LINES} lines"
+    try:
+        ast.parse(cell.source)
+    except SyntaxError as error:
+        line = f"line {error.lineno}: {(error.text or '').strip()}"
+        remedy = "mend it, and leave magics (%) and shell commands (!) out"
+        yield f"cell {cell.id} is not plain Python ({error.msg} in its {line}); {remedy}"
+    if any(_defines(node) for node in ast.walk(parsed(cell.source))):
+        yield f"cell {cell.id} defines a function or class; it belongs into the package"
+    if re.search(r"\{[\w:]+\}`", cell.source):  # a table whose caption holds a reference cannot be referred to
+        yield f"cell {cell.id} refers to another place; that belongs into the prose"
+
+
+def _defines(node: ast.AST) -> bool:
+    """Whether a part of a cell defines a class or a function, also a lambda that gets a name."""
+    if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr):
+        return isinstance(node.value, ast.Lambda)
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
 
 def undescribed(notebook: nbformat.NotebookNode) -> list[str]:
@@ -174,6 +198,14 @@ def text(source: Path) -> str:
     return str(nbformat.writes(to_notebook(source))) + "\n"
 
 
+def parsed(code: str) -> ast.Module:
+    """Return a cell's code as a tree: an empty one for what is not plain Python, such as a magic."""
+    try:
+        return ast.parse(code)
+    except SyntaxError:
+        return ast.Module([], [])
+
+
 def _assigned(code: str) -> tuple[str, ...]:
-    targets = [node.targets[0] for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+    targets = [node.targets[0] for node in parsed(code).body if isinstance(node, ast.Assign)]
     return tuple(target.id for target in targets if isinstance(target, ast.Name))

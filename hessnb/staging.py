@@ -64,5 +64,5 @@ def _draws(cell: nbformat.NotebookNode) -> bool:
 
 
 def _begins_with_import(cell: nbformat.NotebookNode) -> bool:
-    body = ast.parse(cell.source).body
+    body = notebooks.parsed(cell.source).body
     return bool(body) and isinstance(body[0], ast.Import | ast.ImportFrom)

@@ -12,7 +12,7 @@ import nbformat
 import papermill
 import pytest
 
-from hessnb import notebooks
+from hessnb import notebooks, staging
 from hessnb.book import Parameters, build
 from hessnb.errors import InputError, RunFailed
 
@@ -194,6 +194,13 @@ def test_sync_is_deterministic_and_check_finds_what_differs(project: Path) -> No
         ("\n".join(f"x{i} = {i}" for i in range(26)), "more than 25 lines"),
         ("def f():\n    return 1", "belongs into"),
         ("class A:\n    pass", "belongs into"),
+        ("async def f():\n    return 1", "belongs into"),
+        ("f = lambda: 1", "belongs into"),
+        ("f: object = lambda: 1", "belongs into"),
+        ("print((f := lambda: 1)())", "belongs into"),
+        ("%matplotlib inline", "not plain Python (invalid syntax in its line 1: %matplotlib inline)"),
+        ("x = 1\n!ls", "not plain Python (invalid syntax in its line 2: !ls)"),
+        ("x = (", "not plain Python ('(' was never closed in its line 1: x = ()"),
         ('caption = "Compare {numref}`tab-x`."', "refers to another place"),
         ("---\nmystnb:\n  figure: {caption: A caption}\n---\nx = 1", "has no name and caption"),
         (
@@ -205,7 +212,42 @@ def test_sync_is_deterministic_and_check_finds_what_differs(project: Path) -> No
 def test_check_finds_what_does_not_belong_into_a_cell(project: Path, code: str, fault: str) -> None:
     chapter(project, "01", code)
     notebooks.sync(project)
-    assert any(fault in line for line in notebooks.check(project))
+    (found,) = notebooks.check(project)
+    assert found.startswith("01_chapter.md: ")
+    assert fault in found
+
+
+def test_check_lets_a_key_for_sorting_pass(project: Path) -> None:
+    chapter(project, "01", "print(sorted([-1, 2], key=lambda x: x * x))")
+    notebooks.sync(project)
+    assert notebooks.check(project) == []
+
+
+def test_check_finds_a_notebook_without_a_source(project: Path) -> None:
+    notebooks.sync(project)
+    (project / "notebooks" / "scratch.ipynb").touch()
+    (project / "notebooks" / "99_gone.ipynb").touch()
+    (fault,) = notebooks.check(project)
+    assert fault.startswith("99_gone.ipynb has no source 99_gone.md; remove it")
+
+
+def test_check_finds_parameters_that_are_not_plain_python(project: Path) -> None:
+    path = project / "notebooks" / "01_chapter.md"
+    path.write_text(path.read_text().replace("seeds = None", "%time seeds = None"))
+    notebooks.sync(project)
+    python, parameters = notebooks.check(project)
+    assert "not plain Python" in python
+    assert "must set profile, seeds, device, store" in parameters
+
+
+def test_code_that_is_not_plain_python_is_staged_as_it_is(project: Path, tmp_path: Path) -> None:
+    chapter(project, "01", "%%time\nx = 1")
+    executed = [source.with_suffix(".ipynb") for source in notebooks.sources(project)]
+    notebooks.sync(project)
+    staging.stage(project, executed, tmp_path / "site")
+    cell = nbformat.read(tmp_path / "site" / "notebooks" / "01_chapter.ipynb", as_version=4).cells[-1]
+    assert cell.source == "%%time\nx = 1"
+    assert "hide-input" not in cell.metadata.get("tags", [])
 
 
 def test_figures_of_an_executed_notebook_need_a_name_a_caption_and_an_alternative_text() -> None:
