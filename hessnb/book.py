@@ -5,10 +5,10 @@
     book/_build/site/                               staging folder: what Jupyter Book saw last
     book/_build/html/                               the last good HTML
 
-A chapter runs again when its source, the package, its parameters, the record or the versions of Python and torch have
-changed; the HTML is made again when anything that the pages are made from has. On a CPU as many chapters run at once as
-it has cores: their networks are small, and one thread each wastes least. The store's locks keep two from doing the same
-work.
+A chapter runs again when its source, the package, its parameters, the record, the data sets that are there, or the
+versions of Python and of what it computes with have changed; the HTML is made again when anything that the pages are
+made from has. On a CPU as many chapters run at once as it has cores: their networks are small, and one thread each
+wastes least. The store's locks keep two from doing the same work.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -34,7 +35,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import hessnb
-from hessnb import notebooks, staging
+from hessnb import data, notebooks, staging
 from hessnb.data import check_device
 from hessnb.errors import InputError, RunFailed, whole_number
 from hessnb.experiments.files import write_whole
@@ -43,6 +44,10 @@ from hessnb.experiments.provenance import device_name
 from hessnb.experiments.store import store_root
 
 Say = Callable[[str], None]
+
+# Beside torch, the packages whose versions can change what a chapter prints or draws.
+_COMPUTE = ("numpy", "scipy", "pandas", "scikit-learn", "mlxtend", "torchvision", "pyautoattack")
+_DRAW = ("matplotlib", "pillow", "ipywidgets")
 
 # Chapters at once, whatever the number of cores: each may want gigabytes.
 _AT_MOST = 4
@@ -248,7 +253,17 @@ def _fingerprint(root: Path, source: Path, parameters: Parameters) -> str:
     if parameters.profile.endswith(".toml"):
         files.append(Path(parameters.profile))
     told = asdict(parameters) | {"store": str(store_root(parameters.store).resolve())}
-    return _digest(files, json.dumps([told, _versions()], sort_keys=True))
+    return _digest(files, json.dumps([told, _versions(), _data_sets()], sort_keys=True))
+
+
+def _data_sets() -> list[tuple[str, str | None, int, int]]:
+    """Return of each data set where it would be read from, and the size and time of its file, if it is in one."""
+    found = []
+    for name in data.NAMES:
+        file = data.data_root() / f"{name}.npz"
+        told = file.stat() if file.is_file() else None
+        found.append((name, data.where(name), told.st_size if told else 0, told.st_mtime_ns if told else 0))
+    return found
 
 
 def _fingerprint_of(executed: Path) -> str | None:
@@ -321,8 +336,15 @@ def _package() -> list[Path]:
     return _files(Path(hessnb.__file__).parent, ("*.py", "*.toml", "*.csv", "*.js", "*.css"))
 
 
-def _versions() -> list[str]:
-    return [platform.python_version(), str(torch.__version__)]
+def _versions() -> list[str | None]:
+    return [platform.python_version(), str(torch.__version__), *map(_version, _COMPUTE + _DRAW)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # of an attack that a chapter can do without
+        return None
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import nbformat
 import papermill
 import pytest
 
-from hessnb import notebooks, staging
+from hessnb import book, notebooks, staging
 from hessnb.book import Parameters, build
 from hessnb.errors import InputError, RunFailed
 
@@ -110,6 +111,33 @@ def test_small_book_from_first_build_to_failure_and_back(project: Path) -> None:
     html.rename(html.with_name("html.old"))  # as a kill between the two renames would leave it
     assert run() == []
     assert "mended" in (html / "book" / "intro.html").read_text()
+
+
+def test_fingerprint_of_a_chapter_covers_data_sets_and_versions(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HESSNB_DATA", str(tmp_path / "data"))
+    source = project / "notebooks" / "01_chapter.md"
+    seen = [book._fingerprint(project, source, SMOKE)]
+
+    def changed() -> bool:
+        seen.append(book._fingerprint(project, source, SMOKE))
+        return seen[-1] not in seen[:-1]
+
+    assert not changed()
+    unpacked = tmp_path / "data" / "cifar-10-batches-py" / "test_batch"
+    unpacked.parent.mkdir(parents=True)
+    unpacked.touch()
+    assert changed(), "what torchvision left is a data set, too"
+    npz = tmp_path / "data" / "mnist.npz"
+    npz.touch()
+    assert changed()
+    npz.write_bytes(b"more")
+    assert changed()
+    os.utime(npz, (0, 0))
+    assert changed()
+    monkeypatch.setattr(book, "version", lambda package: "99" if package == "numpy" else version(package))
+    assert changed()
 
 
 def test_chapters_run_at_once_and_a_failure_costs_no_other(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
