@@ -41,7 +41,7 @@ from hessnb.errors import InputError, RunFailed, whole_number
 from hessnb.experiments.files import write_whole
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.provenance import device_name
-from hessnb.experiments.store import store_root
+from hessnb.experiments.store import Store, store_root
 
 Say = Callable[[str], None]
 
@@ -76,12 +76,15 @@ def build(
     ``chapters`` limits which notebooks may run; those never executed run all the same. ``executed`` is a folder of
     notebooks that were executed elsewhere, which are published as they are.
 
-    Raises InputError for an unknown chapter or profile, less than one seed, or a build that is already going on, and
-    RunFailed, leaving the last good HTML as it is, when a notebook raises or Jupyter Book warns.
+    Raises InputError for an unknown chapter or profile, less than one seed, a folder that is no store, or a build that
+    is already going on, and RunFailed, leaving the last good HTML as it is, when a notebook raises or Jupyter Book
+    warns.
     """
     load_profile(parameters.profile)
     if parameters.seeds is not None:
         whole_number("seeds", parameters.seeds)
+    if not executed:
+        Store(parameters.store)  # a kernel would refuse it no sooner than a chapter needs it
     may_run = notebooks.select(root, chapters)
     work = root / "book" / "_build"
     work.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,15 @@ def test_only_the_chapters_asked_for_run_again(project: Path) -> None:
     assert "01_chapter: as last executed" in said
     with pytest.raises(InputError, match="unknown chapter '9'"):
         build(project, SMOKE, chapters=("9",), say=said.append)
+
+
+def test_a_store_that_is_none_is_refused_before_a_chapter_runs(project: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    said: list[str] = []
+    with pytest.raises(InputError, match="file is neither a store nor an empty folder"):
+        build(project, replace(SMOKE, store=str(path)), say=said.append)
+    assert said == []
 
 
 def test_notebooks_executed_elsewhere_are_gated_and_published(project: Path, tmp_path: Path) -> None:
