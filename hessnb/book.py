@@ -76,9 +76,9 @@ def build(
     ``chapters`` limits which notebooks may run; those never executed run all the same. ``executed`` is a folder of
     notebooks that were executed elsewhere, which are published as they are.
 
-    Raises InputError for an unknown chapter or profile, less than one seed, a folder that is no store, or a build that
-    is already going on, and RunFailed, leaving the last good HTML as it is, when a notebook raises or Jupyter Book
-    warns.
+    Raises InputError for an unknown chapter or profile, less than one seed, a folder that is no store, a notebook that
+    was executed from another version of its source, or a build that is already going on, and RunFailed, leaving the
+    last good HTML as it is, when a notebook raises or Jupyter Book warns.
     """
     load_profile(parameters.profile)
     if parameters.seeds is not None:
@@ -227,6 +227,11 @@ def _executed_elsewhere(source: Path, folder: Path) -> Path:
         notebook = nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat raises what JSON and its schemas raise
         raise InputError(f"{path} cannot be read as a notebook: {error}") from error
+    if not notebooks.comes_from(notebook, source):
+        raise InputError(
+            f"{path} was executed from another version of {source.name}; execute {source.stem}.ipynb as it is now, "
+            "with parameters given to papermill, or publish from the checkout that it was executed in"
+        )
     _gate(notebook, source.stem)
     return path
 

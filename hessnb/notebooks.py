@@ -106,6 +106,20 @@ def to_notebook(source: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def comes_from(executed: nbformat.NotebookNode, source: Path) -> bool:
+    """Whether a notebook that was executed says what its source says now: code, prose and captions.
+
+    The cell that installs the package is nobody's to compare, nor are the parameters that papermill has injected.
+    """
+    return _content(executed) == _content(to_notebook(source))
+
+
+def _content(notebook: nbformat.NotebookNode) -> list[tuple[str, str, object]]:
+    added = {"install", "injected-parameters"}
+    own = [cell for cell in notebook.cells if not added & set(cell.metadata.get("tags", []))]
+    return [(cell.cell_type, cell.source, cell.metadata.get("mystnb", {})) for cell in own]
+
+
 def sync(root: Path) -> list[Path]:
     """Write the ``.ipynb`` of each source whose content would change, and return what was written."""
     written = []

@@ -180,6 +180,16 @@ def test_a_store_that_is_none_is_refused_before_a_chapter_runs(project: Path, tm
     assert said == []
 
 
+def test_captions_of_an_executed_notebook_are_compared(project: Path) -> None:
+    figure = "---\nmystnb:\n  figure: {name: fig-x, caption: %s}\n---\nx = 1"
+    source = chapter(project, "01", figure % "A caption")
+    executed = notebooks.to_notebook(source)
+    assert notebooks.comes_from(executed, source)
+    executed.cells.insert(3, nbformat.v4.new_code_cell("profile = 'x'", metadata={"tags": ["injected-parameters"]}))
+    assert notebooks.comes_from(executed, source)
+    assert not notebooks.comes_from(executed, chapter(project, "01", figure % "Another caption"))
+
+
 def test_notebooks_executed_elsewhere_are_gated_and_published(project: Path, tmp_path: Path) -> None:
     away = tmp_path / "away"
     away.mkdir()
@@ -194,6 +204,16 @@ def test_notebooks_executed_elsewhere_are_gated_and_published(project: Path, tmp
     build(project, SMOKE, executed=away, say=lambda text: None)
     page = (project / "book" / "_build" / "html" / "notebooks" / "02_chapter.html").read_text()
     assert "the profile is paper" in page
+
+    last_good = (project / "book" / "_build" / "html" / "index.html").read_bytes()
+    for old, new in (("the profile is", "profile:"), ("Some prose", "Other prose")):
+        source = project / "notebooks" / "02_chapter.md"
+        as_executed = source.read_text()
+        source.write_text(as_executed.replace(old, new))
+        with pytest.raises(InputError, match=r"away/02_chapter.ipynb was executed from another version.* execute"):
+            build(project, SMOKE, executed=away, say=lambda text: None)
+        source.write_text(as_executed)
+    assert (project / "book" / "_build" / "html" / "index.html").read_bytes() == last_good
 
     path = away / "02_chapter.ipynb"
     good = nbformat.read(path, as_version=4)
