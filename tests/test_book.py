@@ -366,6 +366,11 @@ def test_drawings_in_html_need_a_label_unless_they_are_hidden(svg: str, describe
         assert bool(undescribed_in(mime, svg)) is not described
 
 
+def test_html_that_cannot_be_read_is_no_crash() -> None:
+    (found, *_) = undescribed_in("text/html", "<img src='x'><![x[ ]>")
+    assert "<img> without an alternative text" in found
+
+
 def test_a_drawing_inside_another_is_a_part_of_it() -> None:
     assert undescribed_in("text/html", '<svg aria-label="Two curves"><svg></svg></svg>') == []
 
