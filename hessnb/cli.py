@@ -226,8 +226,8 @@ def book_command(
     """Execute the notebooks and build the HTML in book/_build/html.
 
     CHAPTERS (01, 03, ...) limits which notebooks may run; one that was never executed runs all the same. A notebook
-    whose source, package, parameters and record are unchanged does not run again. When one fails, or Jupyter Book
-    warns, the last good HTML stays.
+    whose source, package, parameters, data sets and record are unchanged, and the libraries' versions, does not run
+    again. When one fails, or Jupyter Book warns, the last good HTML stays.
     """
     from hessnb import book  # papermill and Sphinx are needed for this command alone
 
