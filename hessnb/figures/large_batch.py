@@ -78,6 +78,8 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
                     axis.semilogy(range(1, len(eigenvalues) + 1), eigenvalues, **look(i), label=label)
             missing(axis, [label for label, eigenvalues in lines.items() if not eigenvalues])
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            low, high = axis.get_ylim()
+            axis.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend
             plain_log_labels(axis)
             axis.legend(ncols=2, fontsize=9)
         axes[0].set_ylabel("eigenvalue of the training Hessian")
