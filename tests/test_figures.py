@@ -13,6 +13,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from hessnb import figures
+from hessnb.data import Splits
 from hessnb.experiments.grid import artefact
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.run import Outcome
@@ -140,7 +141,8 @@ def test_logarithmic_axis_has_plain_labels_unless_two_powers_of_ten_are_in_view(
     assert {tick.get_fontsize() for tick in shown.values()} == {10}
 
 
-def test_training_curves_are_told_apart_by_a_few_marks() -> None:
+def test_training_curves_are_told_apart_by_a_few_marks(published: Callable[[str], Splits]) -> None:
+    published("mnist")  # its size counts the steps
     outcomes = [o for o in from_record("table7") if o.task.spec.recipe.seed == 0]
     for axis in figures.training_curves(outcomes).axes:
         assert len({line.get_marker() for line in axis.lines}) == len(outcomes) == 6
