@@ -8,7 +8,7 @@ PROFILE ?= quick
 .PHONY: help env book test lab check format bench clean
 
 help:
-	@echo "make book    execute the notebooks (profile $(PROFILE)) and build the HTML in book/_build/html; 10 to 15 minutes"
+	@echo "make book    execute the notebooks (profile $(PROFILE)) and build the HTML in book/_build/html; 15 to 25 minutes"
 	@echo "make test    the whole test suite; 15 to 25 minutes"
 	@echo "make lab     the notebooks in Jupyter"
 	@echo "make check   formatting, lint, types, notebook pairs; half a minute"

@@ -1,6 +1,6 @@
 """The errors that a user of hessnb is meant to read: each message says what is wrong, where, and what to do."""
 
-from numbers import Integral
+from numbers import Integral, Real
 
 
 class InputError(ValueError):
@@ -18,6 +18,20 @@ class RunFailed(RuntimeError):
 def unknown(kind: str, name: object, known: list[str]) -> InputError:
     """Return the error for a name that is not among ``known``, listing what there is to choose from."""
     return InputError(f"unknown {kind} {name!r}; there is: {', '.join(known)}")
+
+
+def real_number(name: str, value: float) -> float:
+    """Return a number as it is; raise InputError for what is none, such as its text."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise InputError(f"{name} = {value!r}: it must be a number")
+    return value
+
+
+def tolerance(tol: float) -> float:
+    """Return a relative tolerance; raise InputError unless it is a number between 0 and 1."""
+    if not 0 < real_number("tol", tol) < 1:
+        raise InputError(f"tol = {tol}: a relative tolerance is between 0 and 1")
+    return tol
 
 
 def whole_number(name: str, value: int, least: int = 1) -> int:

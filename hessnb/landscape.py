@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hessnb.curvature.checks import independent_samples, is_mean, varied
+from hessnb.curvature.checks import each_batch, independent_samples, is_mean, loss_of, varied
 from hessnb.errors import InputError, unknown
 from hessnb.identity import of_loss, of_network, tensors
 from hessnb.models import cuda_devices, inference
@@ -279,7 +279,7 @@ def _read(model: nn.Module, sets: Sets) -> dict[str, _Set]:
         raise InputError("no data sets: give at least one, for example {'train': batches}")
     data = {}
     for name, batches in sets.items():
-        pairs = list(batches)
+        pairs = list(each_batch(batches))
         for pair in pairs:
             if isinstance(pair, Tensor) or len(pair) != 2 or len(pair[0]) != len(pair[1]):
                 raise InputError(
@@ -312,7 +312,7 @@ def _evaluate(network: nn.Module, loss_fn: LossFunction, data: dict[str, _Set]) 
                 raise InputError(
                     f"set {name!r}: labels from {low} to {high} for {classes} classes; give 0 to {classes - 1}"
                 )
-            loss = loss_fn(output, y)
+            loss = loss_of(loss_fn, output, y)
             if not isinstance(loss, Tensor) or loss.ndim != 0:
                 found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
                 raise InputError(f"the loss of a batch is {found}: it must be a scalar tensor, the mean over the batch")
@@ -407,6 +407,8 @@ def _check_positions(positions: Axis) -> Tensor:
 def _check_direction(model: nn.Module, direction: Tensor) -> Tensor:
     """Return a copy of the direction, float64 on the model's device."""
     n, device = sum(p.numel() for p in model.parameters()), _weight(model).device
+    if not isinstance(direction, Tensor):
+        raise InputError(f"the direction is a {type(direction).__name__}: give a tensor ({n},)")
     if direction.shape != (n,):
         raise InputError(
             f"a direction of shape {tuple(direction.shape)} does not fit a model of {n:,} parameters: give a vector "

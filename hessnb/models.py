@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hessnb.errors import InputError, unknown, whole_number
+from hessnb.errors import InputError, real_number, unknown, whole_number
 from hessnb.precision import full_precision
 
 
@@ -39,12 +39,14 @@ def build(
         raise unknown(f"variant of {name}", variant, [*VARIANTS.get(name, ()), "none"])
     classes = (100 if name == "CR" else 10) if num_classes is None else num_classes
     whole_number("num_classes", classes, 2)
-    if not 0 < width < float("inf"):
+    if not 0 < real_number("width", width) < float("inf"):
         raise InputError(f"width = {width}: the width factor must be positive and finite")
 
     def scaled(channels: int) -> int:
         return max(1, round(channels * width))
 
+    if seed is not None:
+        whole_number("seed", seed, 0)
     make = MODELS[name] if variant is None else VARIANTS[name][variant]
     if seed is None:
         return make(classes, scaled)

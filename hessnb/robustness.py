@@ -28,10 +28,15 @@ _SLACK = 1e-6
 
 
 def predictions(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the most probable class (N,) of each sample, in eval mode; raise InputError for outputs not finite."""
+    """Return the most probable class (N,) of each sample, in eval mode.
+
+    Raises InputError for outputs that are no logits (N, c), or not finite.
+    """
     with inference(model) as forward:
         outputs = [forward(part) for part in x.split(_BATCH)]
     for part in outputs:
+        if part.ndim != 2:
+            raise InputError(f"the model's outputs have shape {tuple(part.shape)}: logits have (N, c)")
         finite_outputs(part)
     return torch.cat([part.argmax(1) for part in outputs])
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hessnb.curvature import HessianOperator, lanczos
 from hessnb.data import Splits
-from hessnb.errors import InputError
+from hessnb.errors import InputError, real_number
 from hessnb.pace import Pace
 from hessnb.steps import Perturbation
 from hessnb.training import Recipe, State, evaluate, train
@@ -48,7 +48,12 @@ class Followed:
 
 
 def stability_bound(lr: float, momentum: float = 0.0) -> float:
-    """Return the curvature beyond which gradient descent with momentum grows along an eigenvector of a quadratic."""
+    """Return the curvature beyond which gradient descent with momentum grows along an eigenvector of a quadratic.
+
+    Raises InputError for a learning rate that is not positive.
+    """
+    if not real_number("lr", lr) > 0:
+        raise InputError(f"lr = {lr}: it must be positive")
     return 2 * (1 + momentum) / lr
 
 
@@ -75,7 +80,11 @@ def sharpness_along(
 
     ``save`` is called after an epoch every ``save_seconds``, with tensors that are live: copy or write them before
     returning. Given one of these as ``followed``, it goes on from there, to the same points.
+
+    Raises InputError for epochs that the recipe does not have, and what `hessnb.training.train` does.
     """
+    if outside := sorted(epoch for epoch in epochs if not 0 <= epoch <= recipe.max_epochs):
+        raise InputError(f"epochs {outside}: the training has those from 0 to {recipe.max_epochs}")
     points = list(followed.points) if followed else []
     pace = Pace(save_seconds)
     batches = data.train.batches(batch_size)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hessnb.curvature.evaluation import check_samples
 from hessnb.data import Split, Splits
-from hessnb.errors import InputError, RunFailed, whole_number
+from hessnb.errors import InputError, RunFailed, real_number, whole_number
 from hessnb.models import cuda_devices, inference
 from hessnb.steps import Perturbation, Steps, minibatch_step, momentum_of
 
@@ -74,6 +74,8 @@ class Recipe:
             ("decay_every", 1 if self.decay_every is None else self.decay_every, 1),
         ):
             whole_number(name, count, least)
+        for name, number in (("lr", self.lr), ("momentum", self.momentum)):
+            real_number(name, number)
         for name, ok, need in (
             ("lr", 0 < self.lr < math.inf, "positive and finite"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
@@ -171,16 +173,21 @@ def train(
     Model and data must be on one device. On CUDA let go of the curvature operators of a model before you train it:
     steps cannot be captured while their graphs hold on to its weights.
 
-    Raises InputError for a batch size larger than the training set, a network without trainable weights, and samples or
-    labels that do not fit it or are not finite; Diverged when the loss is not finite; and Collapsed when a network has
-    learned something and then `PATIENCE` epochs in a row is no better than a constant answer.
+    Raises InputError for a batch size larger than the training set, a network without trainable weights, a state of
+    another network, and samples or labels that do not fit it or are not finite; Diverged when the loss is not finite;
+    and Collapsed when a network has learned something and then `PATIENCE` epochs in a row is no better than a constant
+    answer.
     """
     train_set = data.train
     check_trainable(model, data, recipe)
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
     state = state or State()
     if state.model:
-        model.load_state_dict(state.model)
+        try:
+            model.load_state_dict(state.model)
+        except RuntimeError as error:  # with a line for each tensor
+            told = str(error).splitlines()[-1].strip()
+            raise InputError(f"the state does not fit the network: {told} Give the state of the same layers") from error
         for parameter, buffer in zip(model.parameters(), state.momentum, strict=False):
             optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, copy=True)
     model.train()

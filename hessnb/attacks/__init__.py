@@ -5,7 +5,8 @@ the same arguments, a `Perturbation` that also says what happened to each. All h
 
     model       a classifier that returns logits (N, c)
     x, y        samples (N, ...) of d entries each, and integer labels (N,)
-    eps         the radius in pixel values, one or (N,); L2 attacks take it times sqrt(d) unless ``scale="unit"``
+    eps         the radius in pixel values, one or (N,); L2 attacks take it times sqrt(d) unless ``scale="unit"``,
+                `autoattack` alone as it is
     bounds      what samples are clipped to, (0, 1) unless given; None does not clip
     precision   "float64"; "own" for the network's: faster, and a few signs of the gradient differ; "plain" for the
                 network's and the loss as it stands, where a confident sample loses the true class's part of the

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hessnb.attacks.ball import Bounds, Norm
 from hessnb.attacks.directions import gradient
 from hessnb.attacks.loop import Attack, Perturbation, Precision, Scale, perturb
-from hessnb.errors import whole_number
+from hessnb.errors import real_number, whole_number
 
 
 @Attack
@@ -77,7 +77,7 @@ def pgd(
     *,
     eps: float | Tensor,
     norm: Norm = "linf",
-    scale: Scale = "unit",
+    scale: Scale = "sqrt_dim",
     steps: int = 40,
     step_size: float | Tensor | None = None,
     restarts: int = 1,
@@ -87,15 +87,18 @@ def pgd(
     batch_size: int | None = None,
 ) -> Perturbation:
     """Projected gradient ascent in the ball of the ``norm`` ("linf" or "l2"), the worst of ``restarts`` kept for each
-    sample (Madry et al., 2018): a misclassified end before others, then the one of largest loss.
+    sample (Madry et al., 2018): a misclassified end before others, then the one of largest loss. The L2 radius is eps
+    sqrt(d), with ``scale="unit"`` eps.
 
     The first start is x, the others are drawn from the ball with ``generator`` (of the CPU; seed 0 unless given), for
     all samples before the first step. ``step_size``, in the units of eps, is 2.5 eps / steps unless given.
     """
     whole_number("steps", steps)
     if step_size is None:
-        step_size = 2.5 / steps * torch.as_tensor(eps, dtype=torch.float64)
+        radius = eps if isinstance(eps, Tensor) else real_number("eps", eps)
+        step_size = 2.5 / steps * torch.as_tensor(radius, dtype=torch.float64)
     return perturb(
-        model, x, y, gradient, eps=eps, norm=norm, scale=scale, bounds=bounds, precision=precision,
-        batch_size=batch_size, steps=steps, step_size=step_size, restarts=restarts, generator=generator,
+        model, x, y, gradient, eps=eps, norm=norm, scale=scale if norm == "l2" else "unit", bounds=bounds,
+        precision=precision, batch_size=batch_size, steps=steps, step_size=step_size, restarts=restarts,
+        generator=generator,
     )  # fmt: skip

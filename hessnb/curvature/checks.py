@@ -52,6 +52,12 @@ def sound_model(model: nn.Module) -> None:
         if len(found) > 1:
             raise InputError(f"the parameters have different {what}s ({', '.join(sorted(found))}); use model.to(...)")
     for name, module in model.named_modules():
+        if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False)):
+            raise InputError(f"{name} has no weights yet: call the model once, which gives lazy layers their shapes")
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"{name} normalises by batch statistics even in eval mode: make it with track_running_stats=True"
+            )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise InputError(f"{name} has sparse gradients, which cannot be differentiated again: make it sparse=False")
     for name, tensor in _named(model):
@@ -163,15 +169,7 @@ def model_and_loss(
     independent_samples(model, forward, x)
     with torch.no_grad():
         outputs = forward(x)
-        try:
-            loss = loss_fn(outputs, y)
-        except RuntimeError as error:
-            if y.is_floating_point() or y.dtype == torch.int64:
-                raise  # its own affair
-            told = str(error).splitlines()[0]
-            raise InputError(
-                f"the loss does not take labels of {y.dtype} ({told}); make them int64: y.long()"
-            ) from error
+        loss = loss_of(loss_fn, outputs, y)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss is not a scalar ({shape}); use a batch mean: reduction='mean'")
@@ -182,6 +180,17 @@ def model_and_loss(
         if abs(loss - loss_fn(outputs, y)) > _rounding(outputs) * abs(loss):
             raise InputError("the loss is random: it differs when it is computed twice from the same outputs")
         is_mean(loss_fn, outputs, y, loss)
+
+
+def loss_of(loss_fn: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, y: Tensor) -> Tensor:
+    """Return the loss of outputs; raise InputError where it does not take labels of their dtype."""
+    try:
+        return loss_fn(outputs, y)
+    except RuntimeError as error:
+        if y.is_floating_point() or y.dtype == torch.int64:
+            raise  # its own affair
+        told = str(error).splitlines()[0]
+        raise InputError(f"the loss does not take labels of {y.dtype} ({told}); make them int64: y.long()") from error
 
 
 def is_mean(loss_fn: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, y: Tensor, loss: Tensor) -> None:
@@ -255,13 +264,10 @@ def symmetric(product: Callable[[list[Tensor], bool], Sequence[Tensor]], paramet
 
 def independent_samples(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Raise InputError if the outputs are random, or if those of a sample depend on the others in its batch."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise InputError(
-                f"{name} normalises by batch statistics even in eval mode: make it with track_running_stats=True"
-            )
     with torch.no_grad():
         outputs = forward(x)
+        if not isinstance(outputs, Tensor):
+            raise InputError(f"the model returns a {type(outputs).__name__}; wrap it so that it returns one tensor")
         scale = outputs.abs().amax() if outputs.numel() else 0.0
         if (outputs - forward(x)).abs().amax() > _rounding(outputs) * scale:
             raise InputError(
@@ -311,7 +317,7 @@ def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _pairs(batches: Iterable[tuple[Tensor, Tensor]]) -> Pairs:
     pairs = []
-    for i, pair in enumerate(batches):
+    for i, pair in enumerate(each_batch(batches)):
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
             raise InputError(f"batch {i} is not a pair of tensors (x, y)")
         x, y = pair
@@ -320,6 +326,14 @@ def _pairs(batches: Iterable[tuple[Tensor, Tensor]]) -> Pairs:
         if len(x):
             pairs.append((x, y))
     return pairs
+
+
+def each_batch(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return batches as they are; raise InputError for what cannot be gone through, as a data set's split."""
+    if not isinstance(batches, Iterable):
+        remedy = ", as .batches(250) does" if hasattr(batches, "batches") else ""
+        raise InputError(f"the data are a {type(batches).__name__}: give an iterable of batches (x, y){remedy}")
+    return batches
 
 
 def _same(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> bool:

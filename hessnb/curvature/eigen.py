@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hessnb.curvature.krylov import Krylov, KrylovState, SymmetricOperator, Which, product
 from hessnb.curvature.memory import available_memory
-from hessnb.errors import InputError, unknown, whole_number
+from hessnb.errors import InputError, tolerance, unknown, whole_number
 from hessnb.pace import Pace
 
 # An eigenvalue beyond the k-th by this share that was missed, as a further copy of a multiple one can be ...
@@ -317,5 +317,4 @@ def _deflate(v: Tensor, found: Tensor) -> Tensor:
 def _check_request(n: int, k: int, tol: float) -> None:
     if not whole_number("k", k) <= n:
         raise InputError(f"k = {k}: an operator of shape {(n, n)} has 1 to {n} eigenvalues")
-    if not 0 < tol < 1:
-        raise InputError(f"tol = {tol}: a relative tolerance is between 0 and 1")
+    tolerance(tol)

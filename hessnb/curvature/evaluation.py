@@ -113,11 +113,19 @@ def cross_entropy_in_differences(logits: Tensor, y: Tensor) -> Tensor:
     return behind.sum() + excess.sum()
 
 
-def check_samples(model: nn.Module, x: Tensor, y: Tensor | None, probes: int = PROBES) -> None:
+def check_samples(
+    model: nn.Module, x: Tensor, y: Tensor | None, probes: int = PROBES, *, labelled: bool = True
+) -> None:
     """Raise InputError unless samples x (N, ...), labels y (N,) and model fit together, and samples are independent.
 
-    ``probes`` is how many samples are looked at for the latter; with 0 they may depend on each other.
+    ``probes`` is how many samples are looked at for the latter; with 0 they may depend on each other. Unless they are
+    to be ``labelled``, y may be None.
     """
+    given = {"inputs": x, "labels": y} if labelled or y is not None else {"inputs": x}
+    for what, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            kind = "missing" if tensor is None else f"a {type(tensor).__name__}"
+            raise InputError(f"the {what} are {kind}: give a tensor; torch.as_tensor(...) makes one")
     if len(x) == 0:
         raise InputError("there are no inputs: give at least one sample")
     if y is not None and (y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool):

@@ -27,7 +27,7 @@ from hessnb.curvature.evaluation import (
 )
 from hessnb.curvature.input_lanczos import eigenvalues_by_lanczos, solve_by_lanczos
 from hessnb.curvature.memory import at_a_time
-from hessnb.errors import InputError, unknown
+from hessnb.errors import InputError, real_number, tolerance, unknown, whole_number
 
 Method = Literal["auto", "closed_form", "lanczos"]
 
@@ -116,13 +116,14 @@ def input_hessian_eigenvalues(
     Raises InputError for a closed form asked of a network that is not piecewise linear, labels that are missing or out
     of range, a k outside 1..d, mixed devices or dtypes, NaN, or samples that depend on each other.
     """
-    check_samples(model, x, y)
+    check_samples(model, x, y, labelled=False)
     memory = at_a_time(memory, x.device)
     d = x[0].numel()
     with evaluation(model), torch.no_grad():
         classes = model(x[:1].clone()).shape[1]
     k = min(classes - 1, d) if k is None else k
-    if not 1 <= k <= d:
+    tolerance(tol)
+    if not whole_number("k", k) <= d:
         raise InputError(f"k = {k}: an input Hessian of shape {(d, d)} has 1 to {d} eigenvalues")
     if _chosen(model, x, method) == "lanczos":
         return eigenvalues_by_lanczos(model, x, y, k, "LA", tol, memory)
@@ -154,10 +155,13 @@ def input_hessian_solve(
     singular, damping 0 then solves within that space. Arguments and errors are otherwise those of
     `input_hessian_eigenvalues`; InputError also for a g of another shape, or a damping that is negative or not finite.
     """
-    check_samples(model, x, y)
+    check_samples(model, x, y, labelled=False)
+    tolerance(tol)
+    if not isinstance(g, Tensor):
+        raise InputError(f"g is a {type(g).__name__}: give a tensor like x")
     if g.shape != x.shape or not bool(torch.isfinite(g).all()):
         raise InputError(f"g of shape {tuple(g.shape)} must be finite and have the shape of x, {tuple(x.shape)}")
-    if not (damping >= 0 and math.isfinite(damping)):
+    if not (real_number("damping", damping) >= 0 and math.isfinite(damping)):
         raise InputError(f"damping = {damping}: it must be 0 or positive, and finite")
     g, memory = g.detach(), at_a_time(memory, x.device)
     if _chosen(model, x, method) == "lanczos":
@@ -213,7 +217,7 @@ def is_piecewise_linear(model: nn.Module, x: Tensor) -> bool:
 
     Raises InputError for samples that depend on each other through batch statistics, or a random model.
     """
-    check_samples(model, x, None)
+    check_samples(model, x, None, labelled=False)
     return piecewise_linear(model, x)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hessnb.errors import whole_number
+
 # Where Linux tells how much memory is free, and how much a container (cgroup v2) may take.
 _MEMINFO, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -36,9 +38,12 @@ def available_memory(device: torch.device) -> int:
 
 
 def at_a_time(memory: int | None, device: torch.device) -> int:
-    """Return how many bytes may be used at a time: ``memory``, or 1 GiB, or on CUDA an eighth of what is free."""
+    """Return how many bytes may be used at a time: ``memory``, or 1 GiB, or on CUDA an eighth of what is free.
+
+    Raises InputError for a memory that is no whole number, or below one.
+    """
     if memory is not None:
-        return memory
+        return whole_number("memory", memory)
     return available_memory(device) // 8 if device.type == "cuda" else 1 << 30
 
 
