@@ -330,9 +330,12 @@ def _pairs(batches: Iterable[tuple[Tensor, Tensor]]) -> Pairs:
 
 def each_batch(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
     """Return batches as they are; raise InputError for what cannot be gone through, as a data set's split."""
-    if not isinstance(batches, Iterable):
+    try:
+        iter(batches)
+    except TypeError as error:
         remedy = ", as .batches(250) does" if hasattr(batches, "batches") else ""
-        raise InputError(f"the data are a {type(batches).__name__}: give an iterable of batches (x, y){remedy}")
+        told = f"the data are a {type(batches).__name__}: give an iterable of batches (x, y){remedy}"
+        raise InputError(told) from error
     return batches
 
 
