@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,16 +54,22 @@ def sound_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False)):
             raise InputError(f"{name} has no weights yet: call the model once, which gives lazy layers their shapes")
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise InputError(
-                f"{name} normalises by batch statistics even in eval mode: make it with track_running_stats=True"
-            )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise InputError(f"{name} has sparse gradients, which cannot be differentiated again: make it sparse=False")
+    running_statistics(model)
     for name, tensor in _named(model):
         _check_differentiable(name, tensor)
         if tensor.is_floating_point() and not finite(tensor):
             raise InputError(f"{name} holds NaN or infinity: did its training diverge?")
+
+
+def running_statistics(model: nn.Module) -> None:
+    """Raise InputError for batch normalisation that has none: samples depend on each other, and one alone fails."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"{name} normalises by batch statistics even in eval mode: make it with track_running_stats=True"
+            )
 
 
 def finite(tensor: Tensor) -> bool:
@@ -264,6 +270,7 @@ def symmetric(product: Callable[[list[Tensor], bool], Sequence[Tensor]], paramet
 
 def independent_samples(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Raise InputError if the outputs are random, or if those of a sample depend on the others in its batch."""
+    running_statistics(model)
     with torch.no_grad():
         outputs = forward(x)
         if not isinstance(outputs, Tensor):
@@ -328,15 +335,14 @@ def _pairs(batches: Iterable[tuple[Tensor, Tensor]]) -> Pairs:
     return pairs
 
 
-def each_batch(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
-    """Return batches as they are; raise InputError for what cannot be gone through, as a data set's split."""
+def each_batch(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through batches; raise InputError for what cannot be gone through, as a split of a data set."""
     try:
-        iter(batches)
+        return iter(batches)
     except TypeError as error:
         remedy = ", as .batches(250) does" if hasattr(batches, "batches") else ""
         told = f"the data are a {type(batches).__name__}: give an iterable of batches (x, y){remedy}"
         raise InputError(told) from error
-    return batches
 
 
 def _same(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> bool:

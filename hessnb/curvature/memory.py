@@ -40,10 +40,10 @@ def available_memory(device: torch.device) -> int:
 def at_a_time(memory: int | None, device: torch.device) -> int:
     """Return how many bytes may be used at a time: ``memory``, or 1 GiB, or on CUDA an eighth of what is free.
 
-    Raises InputError for a memory that is no whole number, or below one.
+    Raises InputError for a memory that is no whole number, or below zero.
     """
     if memory is not None:
-        return whole_number("memory", memory)
+        return whole_number("memory", memory, 0)
     return available_memory(device) // 8 if device.type == "cuda" else 1 << 30
 
 
