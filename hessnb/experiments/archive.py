@@ -159,12 +159,12 @@ class _Incoming:
 
 
 def import_(store: Store, files: Sequence[Path], *, replace: bool = False) -> Imported:
-    """Merge archives into a store: first all is verified and compared, then whole files are written, run by run.
+    """Merge archives into a store: all is verified, compared and locked, then whole files are written, run by run.
 
     A result that is there already, equal but for where and when it was computed, stays. Raises InputError for a file
     that is damaged or of a newer schema, for a member that is not what its name says, for a run that another process is
     at work on, and for a result that differs from a finished one, unless ``replace`` is given: a run that is replaced
-    takes everything that was computed on it with it.
+    takes everything that was computed on it with it. Whatever is refused, nothing has been imported.
     """
     with ExitStack() as stack:
         archives = _Archives([(path, stack.enter_context(_opened(path))) for path in files])
@@ -175,12 +175,15 @@ def import_(store: Store, files: Sequence[Path], *, replace: bool = False) -> Im
                 f"{len(conflicts)} result(s) differ from finished ones of the store, nothing was imported; "
                 f"to replace them: --replace. {'; '.join(conflicts[:3])}"
             )
-        for one in (one for one in incoming if one.new):
-            with store.lock(one.spec, wait=False):
-                if _compared(store, one.spec.slug, archives) != one:
-                    raise InputError(f"another process has just changed {one.spec.slug}; import again")
-                contents = {name: archives.read(f"{one.spec.slug}/{name}") for name in one.new}
-                store.adopt(one.spec, contents, anew=one.anew)
+        lacking = [one for one in incoming if one.new]
+        for one in lacking:  # all of them before anything is written, so that a refusal leaves nothing half imported
+            stack.enter_context(store.lock(one.spec, wait=False))
+        for one in lacking:
+            if _compared(store, one.spec.slug, archives) != one:
+                raise InputError(f"another process has just changed {one.spec.slug}; import again")
+        for one in lacking:
+            contents = {name: archives.read(f"{one.spec.slug}/{name}") for name in one.new}
+            store.adopt(one.spec, contents, anew=one.anew)
         written = [f"{one.spec.slug}/{name}" for one in incoming for name in one.new]
         return Imported(written, sum(one.there for one in incoming))
 
