@@ -458,6 +458,21 @@ def test_network_without_weights_is_told_and_the_rest_goes_on(network: Path, tmp
     assert store.measurement(second.spec, FGSM[0]) is not None
 
 
+def test_what_arrives_without_weights_while_the_campaign_runs_is_no_obstacle(network: Path, tmp_path: Path) -> None:
+    store = copy_of(network, tmp_path / "store")
+    first, second = tasks("table7")
+    plan = [grid.Task(first.spec, (FGSM[0],)), grid.Task(second.spec, (FGSM[0],))]
+
+    def arrives(what: str, share: float, detail: str) -> None:
+        if what.startswith(first.spec.label) and not store.result(second.spec):
+            trained(store, second.spec, epochs(1, 1.0))
+            measured(store, second.spec, FGSM[0], 1.0)
+            store.file(second.spec, "weights.safetensors").unlink()
+
+    assert campaign.carry_out(store, plan, report=arrives) == []
+    assert campaign.rest(store, plan, Estimates(store, CPU)).left == "nothing"
+
+
 def test_attack_whose_package_is_missing_is_told_and_the_rest_goes_on(
     network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

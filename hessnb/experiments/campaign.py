@@ -77,6 +77,11 @@ class Unit:
         return f"{self.spec.label}: {self.measure.label if self.measure else 'training'}"
 
     @property
+    def name(self) -> str:
+        """What `Store.names` calls it once it is finished."""
+        return self.measure.slug if self.measure else "run"
+
+    @property
     def needs(self) -> list[RunSpec]:
         """The networks that must be trained before."""
         if self.measure is None:
@@ -139,10 +144,7 @@ def finished(store: Store, failed: set[RunSpec]) -> Callable[[Unit], bool]:
         return store.names(spec)
 
     def is_finished(unit: Unit) -> bool:
-        there = names(unit.spec)
-        if (unit.measure.slug if unit.measure else "run") in there:
-            return True
-        return is_hopeless(unit, failed)
+        return unit.name in names(unit.spec) or is_hopeless(unit, failed)
 
     return is_finished
 
@@ -258,7 +260,8 @@ class _Work:
 
     def obstacle(self, unit: Unit) -> Refusal | None:
         """Return why a unit cannot be carried out in this store, or not within any limit like this one."""
-        if is_hopeless(unit, self._estimates.failed):
+        # It may have come from elsewhere since the work was planned.
+        if unit.name in self._store.names(unit.spec) or is_hopeless(unit, self._estimates.failed):
             return None
         for needed in unit.needs:
             names = self._store.names(needed)
