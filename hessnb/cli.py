@@ -114,9 +114,7 @@ def run(
     (a network was imported without its weights) is said, and the exit code is 2.
     """
     budget = None if time_budget is None else seconds_of(time_budget)
-    named = [grid.artefact(name) for name in artefacts if name != "all"]
-    everything = not named or "all" in artefacts
-    tasks = grid.plan(list(grid.ARTEFACTS.values()) if everything else named, load_profile(profile), seeds)
+    tasks = grid.plan(grid.chosen(artefacts), load_profile(profile), seeds)
     opened = Store(store)
     with _progress() as report:
         refused = campaign.carry_out(opened, tasks, device=device, budget=budget, report=report)
@@ -177,7 +175,7 @@ def status_command(profile: str, seeds: int | None, all_profiles: bool, device: 
 def record_command(
     artefacts: tuple[str, ...], profile: str, store: Path | None, into: Path | None, check: bool
 ) -> None:
-    """Publish what the store holds of ARTEFACTS (default: all): numbers and their provenance, no weights.
+    """Publish what the store holds of ARTEFACTS ("all" or none: all): numbers and their provenance, no weights.
 
     Some batch sizes of a seed are published, too. What was computed by code that was not committed stays out. From the
     book's own record the figure of the README is drawn anew.
@@ -294,12 +292,12 @@ def store_check(store: Path | None) -> None:
 def store_export(
     folder: Path, artefacts: tuple[str, ...], profile: str, weights: bool, max_size: str, store: Path | None
 ) -> None:
-    """Write the finished runs of ARTEFACTS (default: all) into FOLDER, as archives that `store import` reads.
+    """Write the finished runs of ARTEFACTS ("all" or none: all) into FOLDER, as archives that `store import` reads.
 
     Numbers and curves with their provenance, in as many files as their size needs; the same results in the same bytes.
     """
     loaded, opened, limit = load_profile(profile), Store(store), _bytes(max_size)
-    outcomes = held(opened, artefacts or list(grid.ARTEFACTS), loaded)
+    outcomes = held(opened, artefacts, loaded)
     if not outcomes:
         raise InputError(
             f"{opened.root} holds no finished run of these under the profile {loaded.name}; hessnb status --all says "

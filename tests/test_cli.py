@@ -60,7 +60,17 @@ def test_record_publishes_and_then_has_nothing_more_to_do(store: Path, tmp_path:
     assert first.exit_code == 0, first.output
     tasks = grid.plan([grid.artefact(name) for name in ("table7", "fig1")], load_profile("smoke"))
     assert f"{sum(1 + len(task.measures) for task in tasks)} file(s) changed" in first.stdout
-    assert "0 file(s) changed" in call("record", *SMOKE, "--store", store, "--into", tmp_path).stdout
+    for names in ([], ["all"], ["fig1", "all"]):
+        assert "0 file(s) changed" in call("record", *names, *SMOKE, "--store", store, "--into", tmp_path).stdout
+
+
+@pytest.mark.parametrize("names", [["all"], ["fig1", "all"]])
+def test_export_of_all_is_export_without_a_name(store: Path, tmp_path: Path, names: list[str]) -> None:
+    for folder, artefacts in (("one", []), ("other", names)):
+        shown = call("store", "export", tmp_path / folder, *artefacts, *SMOKE, "--store", store)
+        assert shown.exit_code == 0, shown.output
+    one, other = ([path.read_bytes() for path in sorted((tmp_path / f).iterdir())] for f in ("one", "other"))
+    assert one == other
 
 
 def test_record_check_says_what_is_wrong(store: Path, tmp_path: Path) -> None:
@@ -134,6 +144,7 @@ def test_data_list_names_every_set_and_how_to_get_it(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[list[object], str]] = {
     "artefact": (["run", "table99", *SMOKE], "unknown artefact 'table99'"),
+    "artefact beside all": (["run", "all", "table99", *SMOKE], "unknown artefact 'table99'"),
     "profile": (["run", "table7", "--profile", "huge"], "unknown profile 'huge'"),
     "profile file": (["run", "table7", "--profile", "absent.toml"], "absent.toml cannot be read"),
     "seeds": (["run", "table7", *SMOKE, "--seeds", 0], "seeds = 0"),

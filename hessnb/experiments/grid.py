@@ -433,3 +433,9 @@ def artefact(name: str) -> Artefact:
     if name not in ARTEFACTS:
         raise unknown("artefact", name, list(ARTEFACTS))
     return ARTEFACTS[name]
+
+
+def chosen(names: Sequence[str]) -> list[Artefact]:
+    """Return artefacts by name, and all of them for no name and for "all"; raise InputError for an unknown one."""
+    found = [artefact(name) for name in names if name != "all"]
+    return list(ARTEFACTS.values()) if not names or "all" in names else found

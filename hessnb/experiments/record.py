@@ -92,7 +92,7 @@ class Published:
 
 
 def publish(source: Results, folder: Path, profile: str, names: Sequence[str] = ()) -> Published:
-    """Write all that ``source`` holds of the named artefacts (default: all), be it some batch sizes of one seed.
+    """Write all that ``source`` holds of the named artefacts ("all" or none: all), be it some batch sizes of one seed.
 
     What does not say where it came from, or came from code that was not committed, stays out; with a run its measures.
     So does a run whose training differs from the recorded one, while measures that were taken on that would stay.
@@ -101,7 +101,7 @@ def publish(source: Results, folder: Path, profile: str, names: Sequence[str] = 
     if profile not in profile_names():
         raise InputError(f"the record holds results of {', '.join(profile_names())}; {profile!r} is none of these")
     changed, refused = [], []
-    for outcome in held(source, names or list(ARTEFACTS), load_profile(profile)):
+    for outcome in held(source, names, load_profile(profile)):
         if outcome.result is None:
             continue
         spec = outcome.task.spec

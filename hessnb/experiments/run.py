@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hessnb import data, training
 from hessnb.errors import InputError, RunFailed
-from hessnb.experiments.grid import Task, artefact, of_seeds
+from hessnb.experiments.grid import Task, artefact, chosen, of_seeds
 from hessnb.experiments.measure import Report, measured, silent
 from hessnb.experiments.networks import attack_function, load_data, new_model, trained_model
 from hessnb.experiments.profile import Profile, load_profile
@@ -77,12 +77,12 @@ def look_up(source: Results, tasks: Sequence[Task]) -> list[Outcome]:
 
 
 def held(source: Results, names: Sequence[str], profile: Profile) -> list[Outcome]:
-    """Return all that a store or the record holds of some artefacts: an outcome for each run that has ended.
+    """Return all that a store or the record holds of artefacts (see `chosen`): an outcome for each run that has ended.
 
     Of every seed, whatever others it lacks: the seeds of one artefact may have been computed in several stores.
     """
     seeds = sorted({result.spec.recipe.seed for result in source.results()})
-    outcomes = look_up(source, of_seeds([artefact(name) for name in names], profile, seeds))
+    outcomes = look_up(source, of_seeds(chosen(names), profile, seeds))
     return [outcome for outcome in outcomes if outcome.result is not None]
 
 
