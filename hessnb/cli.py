@@ -25,8 +25,9 @@ from hessnb.experiments.profile import load_profile, profile_names
 from hessnb.experiments.run import held
 from hessnb.experiments.store import Store
 
-console = Console()
-errors = Console(stderr=True)
+# A path may hold :x: or [/b]: it is shown as it is.
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 store_option = click.option(
     "--store",
@@ -154,7 +155,7 @@ def status_command(profile: str, seeds: int | None, all_profiles: bool, device: 
     names = profile_names() if all_profiles else [profile]
     several = len(names) > 1
     columns = ("Artefact", *(("Profile",) if several else ()), "Seeds", "State", "Networks", "Measures", "Left")
-    table = Table(*columns, title=None if several else f"Profile {profile}", pad_edge=False)
+    table = Table(*columns, title=None if several else escape(f"Profile {profile}"), pad_edge=False)
     opened = Store(store)
     estimates = Estimates(opened, data.check_device(device))
     for name in names:

@@ -133,6 +133,19 @@ def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
     odd = tmp_path / "a[red]b"
     assert call("run", "layers", *SMOKE, "--store", odd).exit_code == 0
     assert "a[red]b: every file is whole" in call("store", "check", "--store", odd).stdout.replace("\n", "")
+    mine = tmp_path / "a[/b]" / "mine.toml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text(PROFILE)
+    shown = call("status", "--profile", mine, "--store", tmp_path / "store")
+    assert shown.exit_code == 0, shown.output
+    assert "a[/b]/mine.toml" in "".join(shown.stdout.split())
+
+
+def test_names_with_colons_are_no_emoji(tmp_path: Path) -> None:
+    odd = tmp_path / ":x:"
+    (odd / "locks").mkdir(parents=True)
+    assert ":x:: every file is whole" in call("store", "check", "--store", odd).stdout
+    assert ":x:" in call("data", "list", "--root", odd).stdout.replace("\n", "")
 
 
 def test_data_list_names_every_set_and_how_to_get_it(tmp_path: Path) -> None:
