@@ -164,7 +164,9 @@ def status_command(profile: str, seeds: int | None, all_profiles: bool, device: 
                 line.artefact, *((line.profile,) if several else ()), str(line.seeds), line.state,
                 f"{line.runs_done}/{line.runs}", f"{line.measures_done}/{line.measures}", line.left,
             )  # fmt: skip
-    console.print(table)
+    for column in table.columns:  # no word is cut: where there is no room for them all, the lines are longer
+        column.min_width = max(len(word) for cell in (column.header, *column.cells) for word in str(cell).split())
+    console.print(table, crop=False)
 
 
 @main.command("record")

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from hessnb.cli import main
-from hessnb.experiments import grid, provenance
+from hessnb.experiments import grid, provenance, status
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.store import RunResult, Store
 from hessnb.training import Epoch, State
@@ -53,6 +53,16 @@ def test_status_shows_what_is_there(store: Path) -> None:
     assert f"{measures}/{measures}" in shown.stdout
     every = call("status", "--all", "--store", store)
     assert all(profile in every.stdout for profile in ("smoke", "quick", "laptop", "paper"))
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_status_cuts_no_word_however_narrow(store: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = call("status", "--all", "--store", store).stdout
+    assert "…" not in shown
+    rows = [line.strip("│").split()[0] for line in shown.splitlines() if line.startswith("│")]
+    names = [row for row in rows if row != "│"]
+    assert names == [*grid.ARTEFACTS, status.TOGETHER] * 4
 
 
 def test_record_publishes_and_then_has_nothing_more_to_do(store: Path, tmp_path: Path) -> None:
