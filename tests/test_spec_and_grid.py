@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -260,9 +261,10 @@ def test_unknown_artefact_lists_what_there_is() -> None:
         grid.artefact("table9")
 
 
-def test_seeds_must_be_positive() -> None:
-    with pytest.raises(InputError, match="seeds = 0"):
-        grid.artefact("fig1").tasks(load_profile("smoke"), 0)
+@pytest.mark.parametrize("seeds", ["abc", 1.5, True, 0, 1001])
+def test_seeds_that_cannot_be_counted_are_an_input_error(seeds: Any) -> None:
+    with pytest.raises(InputError, match=f"seeds = {seeds!r}: it must be"):
+        grid.artefact("fig1").tasks(load_profile("smoke"), seeds)
 
 
 def test_measures_are_told_apart_by_their_kind_and_a_new_field_changes_no_key() -> None:

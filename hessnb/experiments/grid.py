@@ -8,7 +8,7 @@ from typing import Literal
 
 from hessnb import models
 from hessnb.attacks import ATTACKS, BEYOND
-from hessnb.errors import InputError, unknown
+from hessnb.errors import InputError, unknown, whole_number
 from hessnb.experiments.profile import AdversarialTraining, LargeBatch, Profile
 from hessnb.experiments.spec import (
     AUTOATTACK,
@@ -57,11 +57,11 @@ class Artefact:
 def plan(artefacts: Sequence[Artefact], profile: Profile, seeds: int | None = None) -> list[Task]:
     """Return the tasks of several artefacts for seeds 0 to ``seeds`` - 1 (default: the profile's number).
 
-    Raises InputError for less than one seed or more than a thousand. See `of_seeds`.
+    Raises InputError for what is no whole number, less than one seed or more than a thousand. See `of_seeds`.
     """
-    n = profile.seeds if seeds is None else seeds
-    if not 1 <= n <= 1000:
-        raise InputError(f"seeds = {n}: at least one is needed, and at most 1,000")
+    n = whole_number("seeds", profile.seeds if seeds is None else seeds)
+    if n > 1000:
+        raise InputError(f"seeds = {n}: it must be at most 1,000")
     return of_seeds(artefacts, profile, range(n))
 
 
