@@ -261,6 +261,16 @@ def test_unknown_artefact_lists_what_there_is() -> None:
         grid.artefact("table9")
 
 
+@pytest.mark.parametrize("file", ["my own.toml", "-mine.toml", ".toml"])
+def test_file_whose_name_cannot_name_a_profile_is_an_input_error(tmp_path: Path, file: str) -> None:
+    path = _with(tmp_path, "seeds = 1", "seeds = 4").rename(tmp_path / file)
+    with pytest.raises(InputError, match="name, where it gives none\\) may hold letters, digits, _ . - only") as error:
+        load_profile(path)
+    assert f"{path}: name: {path.stem!r}" in str(error.value)
+    path.write_text(f'name = "mine"\n{path.read_text()}')
+    assert load_profile(path).name == "mine"
+
+
 @pytest.mark.parametrize("seeds", ["abc", 1.5, True, 0, 1001])
 def test_seeds_that_cannot_be_counted_are_an_input_error(seeds: Any) -> None:
     with pytest.raises(InputError, match=f"seeds = {seeds!r}: it must be"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from importlib import resources
@@ -211,7 +212,7 @@ class SweepSettings(Frozen):
 class Profile(Frozen):
     """The scale at which the grid is computed; one TOML file each, in ``hessnb/experiments/profiles``."""
 
-    name: str = Field(pattern=r"^\w[\w.-]*$")  # part of the names of files
+    name: str
     about: str
     seeds: PositiveInt
     large_batch: dict[str, LargeBatch]
@@ -222,6 +223,16 @@ class Profile(Frozen):
     edge: EdgeSettings
     strong: StrongSettings
     sweep: SweepSettings
+
+    @field_validator("name")
+    @classmethod
+    def _is_part_of_the_names_of_files(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError(
+                f"{name!r} (the file's own name, where it gives none) may hold letters, digits, _ . - only, and must "
+                "not begin with . or -"
+            )
+        return name
 
     @model_validator(mode="after")
     def _has_enough_samples(self) -> Self:
