@@ -29,9 +29,23 @@ from hessnb.experiments.store import Store
 console = Console(emoji=False)
 errors = Console(stderr=True, emoji=False)
 
+
+class _Place(click.Path):
+    """A path that is named: an empty one would be the current folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; raise InputError for an empty one."""
+        if param and value == "":
+            raise InputError(f"{param.opts[0]} is empty (an unset variable?): name a folder, or leave the option out")
+        return super().convert(value, param, ctx)
+
+
 store_option = click.option(
     "--store",
-    type=click.Path(path_type=Path),
+    type=_Place(),
     help="Folder of results. Default: $HESSNB_STORE, else the user's data folder.",
 )
 profile_option = click.option(
@@ -41,9 +55,7 @@ profile_option = click.option(
     help="Scale: smoke, quick, laptop, paper, or a TOML file of your own.",
 )
 device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
-root_option = click.option(
-    "--root", type=click.Path(path_type=Path), help="Data folder. Default: $HESSNB_DATA, else the user's cache."
-)
+root_option = click.option("--root", type=_Place(), help="Data folder. Default: $HESSNB_DATA, else the user's cache.")
 seeds_option = click.option("--seeds", type=int, help="How many seeds, from 0. Default: what the profile says.")
 
 
@@ -173,7 +185,7 @@ def status_command(profile: str, seeds: int | None, all_profiles: bool, device: 
 @click.argument("artefacts", nargs=-1)
 @click.option("--profile", default="paper", show_default=True, help="Which of the package's own profiles.")
 @store_option
-@click.option("--into", type=click.Path(path_type=Path), help="Folder of the record. Default: book/record.")
+@click.option("--into", type=_Place(), help="Folder of the record. Default: book/record.")
 @click.option("--check", is_flag=True, help="Publish nothing; say what is wrong with the record, exit code 2 if it is.")
 def record_command(
     artefacts: tuple[str, ...], profile: str, store: Path | None, into: Path | None, check: bool

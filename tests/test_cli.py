@@ -203,6 +203,27 @@ def test_bad_input_is_one_line_and_exit_code_two(case: str, tmp_path: Path) -> N
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [
+        ("--store", ["status", *SMOKE]),
+        ("--store", ["run", "table7", *SMOKE]),
+        ("--store", ["store", "check"]),
+        ("--into", ["record", "--check"]),
+        ("--root", ["data", "list"]),
+        ("--root", ["data", "fetch", "mnist"]),
+    ],
+)
+def test_empty_folder_is_not_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = call(*command, option, "")
+    assert shown.exit_code == 2
+    assert shown.stderr == f"hessnb: {option} is empty (an unset variable?): name a folder, or leave the option out\n"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_bad_input(tmp_path: Path) -> None:
     for command in (["run", "table7"], ["book"]):
