@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -99,6 +100,8 @@ def main() -> None:
     Exit codes: 0 done, 1 a training or a notebook failed, 2 bad input, 130 interrupted.
     Whatever is interrupted goes on from where it stopped when the same command is given again.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have what its encoding lacks: as on the standard error
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @main.command()
@@ -178,7 +181,7 @@ def status_command(profile: str, seeds: int | None, all_profiles: bool, device: 
             )  # fmt: skip
     for column in table.columns:  # no word is cut: where there is no room for them all, the lines are longer
         column.min_width = max(len(word) for cell in (column.header, *column.cells) for word in str(cell).split())
-    console.print(table, crop=False)
+    _print(table, crop=False)
 
 
 @main.command("record")
@@ -351,7 +354,7 @@ def data_list(root: Path | None) -> None:
     table = Table("Set", "Found", title=escape(f"data folder: {data.data_root(root)}"), title_justify="left")
     for name in data.NAMES:
         table.add_row(name, escape(data.where(name, root) or f"missing; get it with: hessnb data fetch {name}"))
-    console.print(table)
+    _print(table)
 
 
 @data_group.command("fetch")
@@ -373,7 +376,21 @@ def _bytes(text: str) -> int:
 
 
 def _say(text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    _print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _print(what: str | Table, **how: Any) -> None:
+    """Print to standard output; raise InputError where it is a file that cannot be written."""
+    try:
+        console.print(what, **how)
+    except BrokenPipeError:  # who reads has seen enough, as in: hessnb status | head
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python, as it ends, writes what is left again
+        raise InputError(
+            f"cannot write to the standard output: {error.strerror}; what was done is kept: make room, or write it "
+            "elsewhere, and run the same command again"
+        ) from error
 
 
 def _project() -> Path:

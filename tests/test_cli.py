@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -281,3 +282,36 @@ def test_module_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "hessnb", "--version"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "hessnb, version" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("command", [["status", *SMOKE], ["data", "list"], ["store", "check"]])
+def test_output_that_cannot_be_written_is_one_line_and_exit_code_two(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "locks").mkdir()  # an empty store
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "hessnb", *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env=os.environ | {"HESSNB_STORE": str(tmp_path)},
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("hessnb: cannot write to the standard output: No space left on device")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_path_that_the_output_cannot_encode_is_shown_escaped(tmp_path: Path, encoding: str) -> None:
+    store = os.fsencode(tmp_path) + b"/\xc3\xa9\xff"  # an e with an accent, and what is no UTF-8
+    os.makedirs(store + b"/locks")
+    done = subprocess.run(
+        [sys.executable, "-m", "hessnb", "store", "check", "--store", store],
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    shown = {"ascii": r"\xe9", "utf-8": "\u00e9"}[encoding] + r"\udcff: every file is whole"
+    assert shown in done.stdout.decode()
