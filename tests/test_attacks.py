@@ -735,25 +735,92 @@ def test_steps_of_pgd_are_two_and_a_half_radii_together_unless_given() -> None:
     assert not torch.equal(run(), run(step_size=0.04))
 
 
-def test_autoattack_is_the_strongest(digits: Splits, tiny_m1: nn.Module, untouched: Untouched) -> None:
-    x = digits.test.images[:4]
-    with eval_mode(tiny_m1):
-        y = tiny_m1(x).argmax(1)  # all are right, whatever the untrained network says
+def boundaries(seed: int, bias: float = 0.0) -> tuple[nn.Module, Tensor, Tensor, Callable[[int], Tensor]]:
+    """Return a linear float32 model of 5 classes, 12 images, its labels, and their distances to each other class.
+
+    The distances (12, 5) are those of a norm whose dual has the given order, and infinite to the own class. The last
+    class has much steeper logits: it is often the nearest without being the runner-up. No image meets the bounds
+    [0, 1] within a radius of 0.3.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(64, 5)
+    with torch.no_grad():
+        steep = torch.tensor([1.0, 1.0, 1.0, 1.0, 6.0])
+        layer.weight.copy_(steep[:, None] * torch.randn(5, 64, generator=generator))
+        layer.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, bias]))
+    model = nn.Sequential(nn.Flatten(), layer)
+    x = 0.3 + 0.4 * torch.rand(12, 1, 8, 8, generator=generator)
+    s = model(x).detach()
+    y, weight = s.argmax(1), layer.weight.detach()
+
+    def distances(dual: int) -> Tensor:
+        gaps = s.gather(1, y[:, None]) - s
+        slopes = torch.linalg.vector_norm(weight[y][:, None] - weight[None], ord=dual, dim=2)
+        each: Tensor = gaps / slopes
+        return each.scatter(1, y[:, None], math.inf)
+
+    return model, x, y, distances
+
+
+def is_fooled(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(x)
+    return logits.argmax(1) != y
+
+
+@pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
+def test_autoattack_fools_those_who_are_nearer_to_the_boundary_than_eps_and_no_others(norm: Norm, dual: int) -> None:
+    model, x, y, distances = boundaries(5)
+    least = distances(dual).amin(1)
+    ordered = least.sort().values
+    i = 3 + int((ordered[4:9] / ordered[3:8]).argmax())  # between two samples that are well apart
+    eps = float((ordered[i] * ordered[i + 1]).sqrt())
+    found = autoattack(model, x, y, eps=eps, norm=norm, attacks=("apgd-ce", "apgd-t"))
+    fooled = is_fooled(model, found, y)
+    assert torch.equal(fooled, least < eps)
+    assert torch.equal(found[~fooled], x[~fooled])
+    sizes = torch.linalg.vector_norm(offset(found, x), ord=math.inf if norm == "linf" else 2, dim=1)
+    assert (sizes[fooled] >= least[fooled]).all()
+    assert sizes.max() <= eps * (1 + 1e-5)
+
+
+def test_autoattack_aims_at_more_than_the_runner_up() -> None:
+    model, x, y, distances = boundaries(47, bias=-4.0)
+    each = distances(2)
+    least, nearest = each.min(1)
+    runner_up = model(x).scatter(1, y[:, None], -math.inf).argmax(1)
+    further = each.gather(1, runner_up[:, None])[:, 0]
+    worst = int((further / least).argmax())
+    eps = float((least[worst] * further[worst]).sqrt())
+    assert nearest[worst] != runner_up[worst]
+    found = autoattack(model, x, y, eps=eps, norm="l2", attacks=("apgd-t",))
+    assert torch.equal(is_fooled(model, found, y), least < eps)
+
+
+def test_autoattack_is_another_with_another_seed_and_leaves_all_else_alone(untouched: Untouched) -> None:
+    model, x, y, distances = boundaries(5)
+    eps = float(2 * distances(1).amin(1).max())
+    run = partial(autoattack, model, x, y, eps=eps, attacks=("apgd-ce",))
     trace = sys.gettrace()
-    with untouched(tiny_m1):
-        found = autoattack(tiny_m1, x, y, eps=0.05, attacks=("apgd-ce",))
+    with untouched(model):
+        found = run()
     assert sys.gettrace() is trace
-    assert offset(found, x).abs().max() <= 0.05 + 1e-6
-    assert found.min() >= 0
-    assert found.max() <= 1
-    with eval_mode(tiny_m1):
-        withstood = [int((tiny_m1(x_adv).argmax(1) == y).sum()) for x_adv in (found, fgsm(tiny_m1, x, y, eps=0.05))]
-    assert withstood[0] <= withstood[1]
+    apart = torch.stack([x, x], dim=-1)[..., 0]  # no pixel beside the other in memory
+    assert not apart.is_contiguous()
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        apart = torch.stack([x, x], dim=-1)[..., 0]  # no pixel beside the other in memory
-        assert not apart.is_contiguous()
-        assert torch.equal(autoattack(tiny_m1, apart, y, eps=0.05, attacks=("apgd-ce",)), found)
+        assert torch.equal(run(), found)
+        assert torch.equal(autoattack(model, apart, y, eps=eps, attacks=("apgd-ce",)), found)
+    assert not torch.equal(run(seed=1), found)
+
+
+def test_autoattack_keeps_to_the_bounds_and_refuses_inputs_outside() -> None:
+    model, x, y, _ = boundaries(5)
+    found = autoattack(model, x, y, eps=0.9, attacks=("apgd-ce",))
+    assert [float(found.amin()), float(found.amax())] == [0.0, 1.0]
+    for outside in (x + 0.5, x - 0.5):
+        with pytest.raises(InputError, match="outside the bounds"):
+            autoattack(model, outside, y, eps=0.1)
 
 
 def test_autoattack_without_its_package_names_the_extra(
