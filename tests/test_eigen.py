@@ -786,6 +786,17 @@ def test_power_iteration_finds_a_negative_eigenvalue(criterion: Criterion) -> No
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**20])
+def test_power_iteration_takes_the_same_steps_in_any_unit_of_the_loss(criterion: Criterion, unit: float) -> None:
+    matrix = symmetric(DECAYING).matrix
+    expected, found = (power_iteration(Matrix(factor * matrix), 3, 1e-4, criterion) for factor in (1.0, unit))
+    assert (found.n_matvecs, found.converged) == (expected.n_matvecs, True)
+    assert torch.equal(found.eigenvalues, unit * expected.eigenvalues)
+    assert torch.equal(found.eigenvectors, expected.eigenvectors)
+    assert torch.equal(found.residuals, expected.residuals)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_power_iteration_on_the_zero_operator_and_on_the_identity(criterion: Criterion) -> None:
     for value in (0.0, 1.0):
         found = power_iteration(Diagonal(torch.full((6,), value, dtype=torch.float64)), 6, 1e-6, criterion)

@@ -535,6 +535,32 @@ def test_a_sample_of_large_curvature_does_not_end_the_iteration_of_the_others() 
     assert ((found - top(hessians, 1)).abs() <= 1e-9 * magnitude).all()
 
 
+class Sure(nn.Module):
+    """A smooth network, which is sure of the first class where the first pixel is above one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quiet = network("same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = 60.0 * (x.flatten(1)[:, :1] > 1).to(x.dtype)
+        result: Tensor = self.quiet(x) + F.pad(lead, (0, 3))
+        return result
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_confident_sample_is_iterated_as_far_as_the_ordinary_ones_beside_it(k: int) -> None:
+    model, (x, _) = Sure().eval(), samples(5)
+    y = torch.zeros(5, dtype=torch.int64)
+    x[0, 0, 0, 0] = 2.0
+    hessians = input_hessian(model, x, y)
+    magnitude = torch.linalg.matrix_norm(hessians, 2)[:, None]
+    assert magnitude[0] < 1e-20 * magnitude[1:].min()
+    found = input_hessian_eigenvalues(model, x, y, k=k, method="lanczos", tol=1e-9)
+    assert ((found - top(hessians, k)).abs() <= 1e-9 * magnitude).all()
+    torch.testing.assert_close(input_curvature(model, x, y).lambda1[:, None], magnitude, rtol=1e-9, atol=0.0)
+
+
 def test_iteration_goes_on_to_negative_eigenvalues() -> None:
     model, x, y, hessians = small("same")
     found = input_hessian_eigenvalues(model, x, y, k=64)
@@ -778,6 +804,12 @@ def test_small_networks_are_piecewise_linear_or_not(kind: str) -> None:
     for training in (True, False):
         assert is_piecewise_linear(network(kind).train(training), x) == (kind in PIECEWISE)
         assert is_piecewise_linear(network(kind).float().train(training), x.float()) == (kind in PIECEWISE)
+
+
+@pytest.mark.parametrize(("curvature", "straight"), [(1e-8, True), (3e-7, True), (3e-6, False), (1e-5, False)])
+def test_a_gradient_that_changes_by_a_millionth_is_that_of_a_smooth_function(curvature: float, straight: bool) -> None:
+    model, (x, _) = mapped(lambda: lambda t: t + curvature * t.square()).eval(), samples(7)
+    assert is_piecewise_linear(model, x) == straight
 
 
 class Late(nn.Module):
