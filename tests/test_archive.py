@@ -70,6 +70,13 @@ def test_all_comes_back_byte_for_byte_in_files_of_bounded_size(full: Store, tmp_
     assert all(outcome.complete for outcome in run.look_up(other, grid.artefact("layers").tasks(PROFILE)))
 
 
+def test_archives_are_put_together_in_whatever_order_they_are_given(full: Store, tmp_path: Path) -> None:
+    paths = exported(full, tmp_path / "out", max_size=20_000)
+    other = Store(tmp_path / "other")
+    archive.import_(other, paths[::-1])
+    assert results(other) == results(full)
+
+
 def test_same_results_give_the_same_bytes(full: Store, tmp_path: Path) -> None:
     first = exported(full, tmp_path / "a", max_size=60_000)
     time.sleep(1.1)  # more than the resolution of a file's date

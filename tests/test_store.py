@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ import torch
 
 from hessnb.errors import InputError
 from hessnb.experiments import store as module
-from hessnb.experiments.files import read_tensors, seal
+from hessnb.experiments.files import read_tensors, seal, write_whole
 from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec, Spectrum
-from hessnb.experiments.store import Measurement, RunResult, Store
+from hessnb.experiments.store import Measurement, RunResult, Spent, Store
 from hessnb.training import Epoch, Recipe, State
 
 SPEC = RunSpec(
@@ -59,6 +61,14 @@ def test_everything_comes_back_bit_for_bit(full: Store) -> None:
     assert (state.epoch, state.history) == (2, HISTORY)
     assert torch.equal(state.momentum[0], STATE.momentum[0])
     assert again.check() == []
+
+
+def test_momenta_come_back_in_their_order_also_beyond_the_tenth(tmp_path: Path) -> None:
+    store, momentum = Store(tmp_path / "store"), [torch.tensor([float(i)]) for i in range(12)]
+    store.save_checkpoint(SPEC, replace(STATE, momentum=momentum))
+    state = store.checkpoint(SPEC)
+    assert state is not None
+    assert [float(tensor) for tensor in state.momentum] == list(range(12))
 
 
 def test_what_is_not_there_is_none(tmp_path: Path) -> None:
@@ -271,6 +281,26 @@ def test_disk_that_refuses_a_write_leaves_what_was_there(
     assert not list(full.root.rglob("*.part"))
 
 
+def test_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, fsync, rename = list[tuple[str, object]](), os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        done.append(("folder", found.st_ino) if stat.S_ISDIR(found.st_mode) else ("file", found.st_size))
+        fsync(descriptor)
+
+    def renamed(source: str, target: Path) -> None:
+        done.append(("rename", target.name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_whole(tmp_path / "run.json", b"whole")
+    assert done == [("file", 5), ("rename", "run.json"), ("folder", tmp_path.stat().st_ino)]
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_interrupted_write_leaves_no_part_behind(full: Store, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def interrupted(*args: Any) -> None:
@@ -287,7 +317,9 @@ def test_interrupted_write_leaves_no_part_behind(full: Store, monkeypatch: pytes
 def test_what_a_measure_has_under_way_stays_until_its_result_is_there(
     full: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spent = Spent(kept=3.0, lost=5.0)
     full.save_partial(SPEC, MEASURE, {"basis": torch.ones(2)})
+    full.save_spent(SPEC, MEASURE, spent)
 
     def refused(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -297,8 +329,10 @@ def test_what_a_measure_has_under_way_stays_until_its_result_is_there(
         with pytest.raises(InputError):
             full.save_measurement(SPEC, MEASUREMENT)
     assert full.partial(SPEC, MEASURE) is not None
+    assert full.spent(SPEC, MEASURE) == spent
     full.save_measurement(SPEC, MEASUREMENT)
     assert full.partial(SPEC, MEASURE) is None
+    assert full.spent(SPEC, MEASURE) == Spent()
 
 
 def test_store_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
