@@ -20,7 +20,7 @@ from hessnb.experiments.grid import Task, artefact
 from hessnb.experiments.networks import load_data, load_split, trained_model
 from hessnb.experiments.profile import AdversarialTraining, load_profile
 from hessnb.experiments.run import Outcome
-from hessnb.experiments.spec import Spectrum
+from hessnb.experiments.spec import Interpolation, LossLine, Spectrum
 from hessnb.experiments.store import Measurement, Store
 from hessnb.figures import robust as figures_robust
 from hessnb.models import build, layers
@@ -181,6 +181,25 @@ def test_lines_have_their_second_differences_in_the_tables(store: Store) -> None
     assert rc.line_curvatures(lines, name="tab-x", caption="x").rows[0][0] == "ORI"
     assert len(figures_robust.interpolations(ways).axes[0].lines) == 4  # two sets, two ends
     assert len(figures_robust.robust_lines(lines).axes[0].lines) == 3
+
+
+def test_second_derivatives_are_those_of_each_set_at_the_network_and_at_both_ends_of_a_way() -> None:
+    spec, at, on = SMOKE.adversarial["M1"].original(0), [-1.0, -0.5, 0.0, 0.5, 1.0], [-0.5, 0.0, 0.5, 1.0, 1.5]
+    line = LossLine(along=Spectrum(split="train", k=2, tol=1e-3), reach=1.0, points=5, batch=20)
+    curves = {split: [t**4 + half * t**2 for t in at] for split, half in (("train", 2), ("test", 3), ("batch", 4))}
+    way = Interpolation(points=5)
+    ways = {split: [slope * t**2 + t**3 for t in on] for split, slope in (("train", 1), ("test", 2))}
+
+    def outcome(measure: LossLine | Interpolation, positions: list[float], losses: dict[str, list[float]]) -> Outcome:
+        found = Measurement(measure, {"positions": positions, "losses": losses}, {})
+        return Outcome(Task(spec, (measure,)), None, {measure: found})
+
+    # Exact for polynomials of degree four, so that the fourth power has no part in them.
+    along = rc.line_curvatures([outcome(line, at, curves)], name="tab-x", caption="x")
+    assert along.rows == (("ORI", "4", "6", "8"),)
+    # Second differences have no part in a cube at zero, and six times its place elsewhere.
+    between = rc.way_curvatures([outcome(way, on, ways)], name="tab-x", caption="x")
+    assert between.rows == (("ORI", "2", "8", "4", "10"),)
 
 
 def test_figures_show_each_network_and_what_is_missing(outcomes: list[Outcome]) -> None:

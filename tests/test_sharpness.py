@@ -57,6 +57,24 @@ def test_points_are_the_eigenvalues_of_the_training_and_leave_it_as_it_is(digits
     assert all(point.residual <= 1e-4 for point in points)
 
 
+class Cap(nn.Module):
+    """Ten logits, of which the first is four times the square of one weight plus another; both are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad((4 * self.weight.square() + self.bias).expand(len(x), 1), (0, 9))
+
+
+def test_the_largest_eigenvalue_is_followed_also_where_a_negative_one_is_larger_in_magnitude(digits: Splits) -> None:
+    zeros = (digits.train.labels == 0).nonzero().flatten()
+    (point,) = sharpness_along(Cap(), digits, RECIPE, {0}, tol=1e-4, samples=zeros)
+    # Of p = 1/10 each: the Hessian is diagonal, -8 (1 - p) for the weight and p (1 - p) for the bias.
+    assert point.lambda1 == pytest.approx(0.09, rel=1e-3)
+
+
 def test_followed_training_goes_on_to_the_same_points(digits: Splits, tiny_m1: nn.Module) -> None:
     again, kept = copy.deepcopy(tiny_m1), list[Followed]()
 
