@@ -20,9 +20,11 @@ from hessnb.experiments.spec import (
     InputCurvature,
     LossLine,
     LossPlane,
+    Measure,
     ModelSpec,
     PowerIteration,
     RunSpec,
+    Sharpness,
     Spectrum,
     parse_measure,
 )
@@ -153,6 +155,87 @@ def test_paper_profile_trains_against_each_attack_and_tests_all_on_all(name: str
         }
         assert {(m.attack.eps, m.attack.clip, m.split) for m in attacks} == {(eps, False, "test")}
         assert {m.attack.cg_steps for m in attacks if m.attack.method in ("FHSM", "L2HESS")} == {3}
+
+
+def attacks_of(name: str, place: int) -> list[AttackSpec]:
+    """Return the attacks on the network at a place of an artefact under the profile paper, in their order."""
+    measures = grid.artefact(name).tasks(load_profile("paper"), 1)[place].measures
+    assert all(isinstance(m, AttackAccuracy) and (m.split, m.source) == ("test", None) for m in measures)
+    return [m.attack for m in measures if isinstance(m, AttackAccuracy)]
+
+
+@pytest.mark.parametrize(("place", "eps"), [(0, 0.1), (1, 0.02)])
+def test_section_34_compares_attacks_of_one_size_that_are_not_clipped(place: int, eps: float) -> None:
+    assert attacks_of("section34", place) == [
+        AttackSpec(method=method, eps=eps, clip=False, solver="exact" if method in ("FHSM", "L2HESS") else None)
+        for method in ("FGSM", "L2GRAD", "FHSM", "L2HESS", "PGD", "DAMPED", "NEAREST")
+    ]
+
+
+@pytest.mark.parametrize(("place", "eps"), [(0, 0.1), (1, 0.02)])
+def test_curves_are_of_clipped_attacks_from_a_quarter_of_the_papers_size_to_three_times(place: int, eps: float) -> None:
+    steps = {"FHSM": 3, "L2HESS": 3}
+    assert attacks_of("eps", place) == [
+        AttackSpec(method=method, eps=round(multiple * eps, 6), clip=True, cg_steps=steps.get(method))
+        for method in ATTACKS
+        for multiple in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+    ]
+
+
+def test_choices_of_the_five_attacks_are_changed_one_at_a_time() -> None:
+    found = attacks_of("table5", 0)
+    assert [attack.method for attack in found] == [*list(ATTACKS) * 4, "L2GRAD", "L2HESS"]
+    assert {attack.eps for attack in found} == {0.1}
+    assert [(attack.clip, attack.precision, attack.scale) for attack in found] == [
+        *[(False, None, None)] * 5,
+        *[(True, None, None)] * 5,
+        *[(False, "own", None)] * 5,
+        *[(False, "plain", None)] * 5,
+        *[(False, None, "unit")] * 2,
+    ]
+
+
+def test_strong_attacks_are_clipped_restarted_and_on_a_thousand_samples() -> None:
+    tasks = grid.artefact("strong").tasks(load_profile("paper"), 1)
+    assert [task.spec.attack and task.spec.attack.method for task in tasks] == [None, *ATTACKS]
+    for task in tasks:
+        assert task.measures == tuple(
+            AttackAccuracy(
+                split="test", attack=AttackSpec(method=method, eps=eps, clip=True, restarts=restarts), n=1000
+            )
+            for eps in (0.1, 0.3)
+            for method, restarts in (("FGSM", None), ("PGD", 5), ("AUTOATTACK", None))
+        )
+
+
+def test_lines_are_drawn_once_more_a_hundred_times_closer_to_the_network() -> None:
+    along, *lines = grid.artefact("fig6").tasks(load_profile("paper"), 1)[0].measures
+    assert [(m.along, m.points, m.reach) for m in lines if isinstance(m, LossLine)] == [
+        (along, 41, 0.5),
+        (along, 5, 0.005),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "measures"),
+    [
+        ("sharpening", (Sharpness(points=41, tol=1e-2, samples=5000),)),
+        (
+            "stopping",
+            (Spectrum(split="train", k=20, tol=1e-4), PowerIteration(split="train", k=5, tol=1e-4)),
+        ),
+        (
+            "seeds",
+            (
+                Spectrum(split="train", k=2, tol=1e-4),
+                AttackAccuracy(split="test", attack=AttackSpec(method="FGSM", eps=0.1, clip=True)),
+            ),
+        ),
+    ],
+)
+def test_paper_profile_measures_beyond_the_papers_tables(name: str, measures: tuple[Measure, ...]) -> None:
+    for task in grid.artefact(name).tasks(load_profile("paper"), 1):
+        assert task.measures == measures
 
 
 @pytest.mark.parametrize("profile", profile_names())
