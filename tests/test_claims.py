@@ -381,6 +381,17 @@ def test_drop_is_over_the_seeds_that_have_the_largest_batch_size() -> None:
     assert part.numbers == "1: 90; 2: 95; 4: 94; 8: 85"
 
 
+def test_drop_is_widened_for_the_choice_of_the_best_also_over_seeds_which_are_paired_by_number() -> None:
+    values = {
+        "batch_size": [1] * 3 + [2] * 3 + [4] * 3,
+        "seed": [0, 1, 2, 0, 1, 2, 2, 0, 1],
+        "accuracy_test": [80.0, 80, 80, 95, 96, 98, 88, 90, 92],
+        "n_test": 10_000,
+    }
+    (part,) = evidence.drop_after_peak(frame(**values), column="accuracy_test")
+    assert part.interval == mean([5.0, 4.0, 10.0], comparisons=2)
+
+
 def test_accuracy_that_rises_to_the_largest_batch_size_does_not_fall() -> None:
     values = {"batch_size": [1, 2, 4, 8], "accuracy_test": [60.0, 70.0, 80.0, 90.0], "n_test": 10_000}
     (part,) = evidence.drop_after_peak(frame(**values), column="accuracy_test")
