@@ -394,11 +394,16 @@ def test_mates_are_the_other_seeds_of_a_training() -> None:
     assert run.mates_of(robust, (task.spec for task in tasks)) == []
 
 
-def test_run_under_an_attack_is_no_mate_of_one_without() -> None:
+def test_run_of_other_data_or_another_network_or_that_goes_on_from_one_is_no_mate() -> None:
     spec, other, _ = seeds_of_table7()
     robust = grid.artefact("table3").tasks(load_profile("smoke"))[1].spec
-    attacked = other.model_copy(update={"attack": robust.attack, "parent": spec})
-    assert run.mates_of(spec, [other, attacked]) == [other]
+    changes: list[dict[str, object]] = [
+        {"data": spec.data.model_copy(update={"n_train": 50})},
+        {"model": spec.model.model_copy(update={"variant": "strided"})},
+        {"parent": other},
+        {"attack": robust.attack, "parent": spec},
+    ]
+    assert run.mates_of(spec, [other, *(other.model_copy(update=change) for change in changes)]) == [other]
 
 
 def test_seeds_that_are_trained_together_are_results_like_others(

@@ -195,7 +195,8 @@ def mates_of(spec: RunSpec, others: Iterable[RunSpec]) -> list[RunSpec]:
     """Return those of ``others`` that can be trained together with ``spec``: the same but for the seed."""
     if spec.attack or spec.parent or spec.recipe.decay_every:
         return []
-    alike = [other for other in others if other.attack is None and (other.data, other.model) == (spec.data, spec.model)]
+    same = (spec.data, spec.model, None, None)
+    alike = [other for other in others if (other.data, other.model, other.attack, other.parent) == same]
     return [other for other in alike if other != spec and replace(other.recipe, seed=spec.recipe.seed) == spec.recipe]
 
 
