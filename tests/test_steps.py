@@ -167,6 +167,6 @@ def test_on_cuda_a_step_does_nothing_on_the_host(data: Splits) -> None:
 def test_on_cuda_timing_leaves_the_networks_as_they_are(data: Splits) -> None:
     there, models = on("cuda", data).train, [network().to("cuda") for _ in range(2)]
     before = [[tensor.clone() for tensor in model.state_dict().values()] for model in models]
-    assert is_faster_together(models, there, replace(RECIPE, decay_every=None, decay_factor=None)) in (True, False)
+    is_faster_together(models, there, replace(RECIPE, decay_every=None, decay_factor=None))
     for model, tensors in zip(models, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), tensors, strict=True))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from hessnb import together
 from hessnb.data import Splits
 from hessnb.errors import InputError
 from hessnb.models import build
@@ -130,9 +131,18 @@ def test_timing_leaves_the_networks_as_they_are(
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(untouched(model.eval()))
-        assert is_faster_together(models, data, RECIPE) in (True, False)
+        is_faster_together(models, data, RECIPE)
     with pytest.raises(InputError, match="has only 70 samples"):
         is_faster_together(models, data, replace(RECIPE, batch_size=71))
+
+
+@pytest.mark.parametrize(("seconds", "faster"), [(2.0, True), (4.0, False)])
+def test_three_together_are_faster_in_less_than_three_times_what_one_takes(
+    in_float64: Callable[[str], Splits], monkeypatch: pytest.MonkeyPatch, seconds: float, faster: bool
+) -> None:
+    times = iter([0.0, seconds, 10.0, 11.0])  # of all together, and of one
+    monkeypatch.setattr(together, "time_when_done", lambda device: next(times))
+    assert is_faster_together(networks("M1"), in_float64("mnist5k").train, RECIPE) is faster
 
 
 class Tied(nn.Module):

@@ -81,6 +81,21 @@ def plain_loop(model: nn.Module, data: Split, recipe: Recipe) -> None:
 # The loop
 
 
+def test_gradients_that_a_perturbation_or_somebody_before_left_have_no_part_in_a_step(data: Splits) -> None:
+    def leaves(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        F.cross_entropy(model(x), y).backward()
+        return x
+
+    expected, perturbed, before = tiny(), tiny(), tiny()
+    for parameter in before.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    train(expected, data, RECIPE)
+    train(perturbed, data, RECIPE, perturbation=leaves)
+    train(before, data, RECIPE)
+    assert same(bits(perturbed), bits(expected))
+    assert same(bits(before), bits(expected))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("make", [tiny, batch_norm_net])
 def test_training_equals_a_plain_loop_bit_for_bit(data: Splits, make: Callable[[], nn.Module], momentum: float) -> None:
