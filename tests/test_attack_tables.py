@@ -146,14 +146,19 @@ def test_accuracies_are_of_the_attack_on_the_network_itself() -> None:
     assert attacks.under([other], "PGD") == []
 
 
+class Brightest(nn.Module):
+    """Takes pixels for logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+def seen(*classes: int) -> Tensor:
+    """Return images that are taken for these classes."""
+    return torch.eye(4)[list(classes)].view(-1, 1, 2, 2)
+
+
 def test_same_mistakes_counts_wrong_classes_of_samples_that_were_right() -> None:
-    class Brightest(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.flatten(1)
-
-    def seen(*classes: int) -> Tensor:
-        return torch.eye(4)[list(classes)].view(-1, 1, 2, 2)
-
     y = torch.tensor([0, 1, 2, 3, 0])
     ends = {"A": seen(1, 2, 2, 3, 2), "B": seen(1, 3, 3, 0, 2), "C": seen(0, 1, 2, 3, 1)}
     table = attacks.same_mistakes(Brightest(), seen(0, 1, 2, 3, 1), y, ends, name="tab-x", caption="a caption")
@@ -189,6 +194,15 @@ def test_ways_compare_steps_and_classes(network: nn.Module, samples: tuple[Tenso
         right = 100 * float((network(x).argmax(1) == y).double().mean())
     assert table.rows[2][1].startswith(f"{right:.1f} (")
     assert table.rows[2][4] == "–"  # nobody is fooled by nothing
+
+
+def test_classes_that_attacks_end_in_are_compared_with_the_second_most_probable() -> None:
+    logits = torch.tensor([[3.0, 2, 1, 0], [3, 2, 1, 0], [3, 1, 2, 0], [3, 1, 2, 0], [0, 3, 1, 2]])
+    x, y = logits.view(-1, 1, 2, 2), torch.tensor([0, 0, 0, 0, 2])
+    ends = {"A": seen(1, 2, 2, 0, 3), "B": seen(1, 1, 1, 1, 2)}  # the last sample was wrong before
+    table = attacks.ways(Brightest(), x, y, ends, gradient="A", nearest="B", name="tab-x", caption="a caption")
+    assert [cell.split(" (")[0] for cell in column(table.rows, 1)] == ["20.0", "20.0"]
+    assert [cell.split(" (")[0] for cell in column(table.rows, 4)] == ["66.7", "50.0"]
 
 
 def test_damping_sweep_chooses_as_the_attack_does(network: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
