@@ -201,6 +201,9 @@ def test_largest_drop_is_the_one_with_five_on_either_side() -> None:
     spectrum = [100.0, 10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 1.0, 0.9, 0.8, 0.7, 0.6]
     assert beyond._drop(spectrum) == "× 5.00 after 7"
     assert beyond._drop(spectrum[:5]) == NOT_MEASURED
+    later = [100.0, 10.0, 9.0, 8.0, 7.0, 6.0, 4.0, 3.5, 0.5, 0.4, 0.3, 0.2]  # by seven after 8, of which four are left
+    assert beyond._drop(later) == "× 1.50 after 6"
+    assert beyond._drop(later[:9]) == NOT_MEASURED
 
 
 def test_bars_count_all_eigenvalues(store: Store) -> None:

@@ -104,6 +104,13 @@ def test_rules_stay_sharp_over_many_orders_of_magnitude() -> None:
     torch.testing.assert_close(found.nodes[:, -40:], eigenvalues[-40:].expand(2, 40), rtol=1e-9, atol=0)
 
 
+def test_ends_of_a_share_belong_to_it() -> None:
+    nodes, weights = (torch.tensor([row], dtype=torch.float64) for row in ([-1e3, -1.0, 0.0], [0.25, 0.25, 0.5]))
+    found = SpectralDensity(nodes, weights, n=4, n_matvecs=3)
+    ends = [(-1.0, 0.0), (0.0, math.inf), (-1e3, -1e3), (-math.inf, -1e3), (-999.0, -1.5)]
+    assert [found.share(low, high).value for low, high in ends] == [0.75, 0.5, 0.25, 0.25, 0.0]
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3e5, 2e-9])
 def test_multiples_of_the_identity_take_one_product_for_each_probe(value: float) -> None:
     found = spectral_density(Matrix(value * identity(40)), n_probes=4, n_steps=20)

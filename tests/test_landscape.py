@@ -200,6 +200,15 @@ def test_plane_agrees_with_the_line_on_its_axes() -> None:
     assert torch.equal(plane.losses["all"][4], along(model, F.cross_entropy, sets, e, LINE[::2]).losses["all"])
 
 
+def test_points_far_out_on_a_plane_are_reached_in_float64_also_by_a_float32_network() -> None:
+    model, (x, y) = network("smooth").float(), samples()
+    d = drawn(model)
+    far = [0.0, 1e4]
+    losses = on_plane(model, F.cross_entropy, {"all": [(x.float(), y)]}, (d, -d), far, far).losses["all"]
+    assert losses[1, 1] == losses[0, 0], "there and back again"
+    assert losses[0, 1] != losses[0, 0]
+
+
 def test_between_ends_at_the_networks_themselves(digits: Splits) -> None:
     first, second = (build("C2", width=0.03, seed=seed) for seed in (0, 1))
     images = digits.train.images[:32].repeat(1, 3, 1, 1)

@@ -165,9 +165,14 @@ def test_values_that_are_not_finite_stay_out(smoke: Store, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("changed", "fault"), [({"date": "2026-01-02T03:04:05"}, "no date"), ({"seconds": math.inf}, "seconds inf")]
+    ("changed", "fault"),
+    [
+        ({"date": "2026-01-02T03:04:05"}, "no date"),
+        ({"seconds": math.inf}, "seconds inf"),
+        ({"seconds": -1.0}, "seconds -1.0"),
+    ],
 )
-def test_origin_without_a_time_zone_or_a_finite_time_is_none(changed: dict[str, Any], fault: str) -> None:
+def test_origin_without_a_time_zone_or_a_time_that_can_be_is_none(changed: dict[str, Any], fault: str) -> None:
     assert record._untold(came_from(), 0) == []
     (told,) = record._untold(came_from(**changed), 0)
     assert fault in told

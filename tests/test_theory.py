@@ -25,6 +25,15 @@ def test_signs_and_ranks_are_relative_to_each_sample_s_own_largest_eigenvalue() 
     assert violations(saddles, 3).to_dict("list") == {"indefinite": [1, 0], "rank_above": [1, 1]}
 
 
+def test_the_scale_of_a_sample_is_its_largest_magnitude_of_either_sign() -> None:
+    found = violations(diagonal([1e-20, -1e-16, -1.0], [1.0, 1e-16, -1e-20]), 2)
+    assert found.to_dict("list") == {"indefinite": [1, 0], "rank_above": [0, 0]}
+
+
+def test_a_rank_of_as_many_as_there_are_classes_is_one_too_many() -> None:
+    assert violations(diagonal([1.0, 0.5, 0.0], [1.0, 0.0, 0.0]), 2)["rank_above"].tolist() == [1, 0]
+
+
 def test_a_hessian_that_is_zero_is_no_saddle() -> None:
     table = saddle_free({"dead": (diagonal([0.0, 0.0], [1.0, 0.0]), 2)}, name="t", caption="")
     assert table.rows[0][3:6] == ("0.0e+00", "yes", "0 to 1")
