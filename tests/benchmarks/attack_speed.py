@@ -6,6 +6,7 @@ exact      L2HESS in closed form against 10 steps of conjugate gradients, hessnb
            and hessnb's against plain ones
 gradient   FGSM against one gradient of the loss, which it needs (asked: no more than 1.1 gradients)
 foolbox    FGSM, BIM with 10 steps and the L2 step against foolbox's (asked: none slower)
+unrolled   FGSM of M1, C3 and CR, untrained, with hessnb's float64 convolution against the same with PyTorch's
 
 Passes for a chunk of samples with c classes: the closed form takes one forward pass and c - 1 backward ones; hessnb's
 CG one forward pass and two backward ones, and two passes for every product, one of them a derivative of the backward
@@ -29,6 +30,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import foolbox
 import peers
@@ -38,8 +40,9 @@ from curvature_speed import Row, compared, measure, network
 from peers import alternate
 from torch import Tensor, nn
 
-from hessnb import data
+from hessnb import data, models
 from hessnb.attacks import fgsm, fgsm_iterated, l2_gradient, l2_hessian
+from hessnb.curvature import kernels
 
 BATCH = 50  # what hessnb takes on a CPU unless told otherwise
 EPS = 0.1
@@ -150,10 +153,28 @@ def foolbox_attacks(chosen: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def unrolled(chosen: argparse.Namespace) -> list[Row]:
+    rows = []
+    for name, dataset, n in ("M1", "mnist", chosen.digits), ("C3", "cifar10", 150), ("CR", "cifar100", 150):
+        test = data.load(dataset, n_test=n).test
+        ours = partial(fgsm, models.build(name, seed=0), test.images, test.labels, eps=0.02)
+
+        def theirs(ours: Callable[[], Tensor] = ours) -> Tensor:
+            with mock.patch.object(kernels, "_is_ordinary", lambda *_: False):
+                return ours()
+
+        what = f"FGSM in float64, {name}, {n:,} {dataset} test images"
+        rows.append(
+            against(chosen, f"attack-unrolled-{name}", what, "the same with PyTorch's convolutions", ours, theirs)
+        )
+    return rows
+
+
 ROWS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "exact": exact,
     "gradient": gradient,
     "foolbox": foolbox_attacks,
+    "unrolled": unrolled,
 }
 
 
