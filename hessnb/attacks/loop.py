@@ -182,8 +182,7 @@ def _walk(
             along = torch.where(torch.isfinite(largest), along, gradient)
         zero_gradients += ~some
         x = ball.step(x, along, length)
-    x_adv = x.to(given.dtype)
-    x_adv = x_adv if ball.bounds is None else x_adv.clamp(*ball.bounds)  # again, in this dtype
+    x_adv = x.to(given.dtype)  # rounding is monotone: what was clipped stays within the bounds of this dtype
     change = (x_adv.double() - ball.centre).flatten(1)
     return Perturbation(
         x_adv=x_adv,
