@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from hessnb.attacks.ball import Bounds
-from hessnb.errors import InputError, real_number, unknown
+from hessnb.errors import InputError, unknown
 
 
 def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """Return a length as (N,), float64; raise InputError unless it is finite, not negative, and one or N numbers."""
-    if not isinstance(value, Tensor):
-        value = real_number(name, value)
-    given = torch.as_tensor(value, dtype=torch.float64, device=x.device).detach()
+    try:
+        given = torch.as_tensor(value, dtype=torch.float64, device=x.device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:  # a text, numbers that are not alike
+        raise InputError(f"{name} = {value!r}: it must be a number, or one for each sample") from error
     if given.shape not in ((), (len(x),)):
         raise InputError(f"{name} has shape {tuple(given.shape)}: give one number, or one for each of {len(x)} samples")
     if not bool((torch.isfinite(given) & (given >= 0)).all()):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hessnb.attacks import checks
 from hessnb.attacks.ball import Bounds, Norm
 from hessnb.attacks.directions import gradient
 from hessnb.attacks.loop import Attack, Perturbation, Precision, Scale, perturb
-from hessnb.errors import real_number, whole_number
+from hessnb.errors import whole_number
 
 
 @Attack
@@ -95,8 +96,7 @@ def pgd(
     """
     whole_number("steps", steps)
     if step_size is None:
-        radius = eps if isinstance(eps, Tensor) else real_number("eps", eps)
-        step_size = 2.5 / steps * torch.as_tensor(radius, dtype=torch.float64)
+        step_size = 2.5 / steps * checks.per_sample("eps", eps, x)
     return perturb(
         model, x, y, gradient, eps=eps, norm=norm, scale=scale if norm == "l2" else "unit", bounds=bounds,
         precision=precision, batch_size=batch_size, steps=steps, step_size=step_size, restarts=restarts,
