@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -27,7 +28,7 @@ from hessnb.curvature.evaluation import (
 )
 from hessnb.curvature.input_lanczos import eigenvalues_by_lanczos, solve_by_lanczos
 from hessnb.curvature.memory import at_a_time
-from hessnb.errors import InputError, real_number, tolerance, unknown, whole_number
+from hessnb.errors import InputError, real_number, tolerance, unknown
 
 Method = Literal["auto", "closed_form", "lanczos"]
 
@@ -123,8 +124,8 @@ def input_hessian_eigenvalues(
         classes = model(x[:1].clone()).shape[1]
     k = min(classes - 1, d) if k is None else k
     tolerance(tol)
-    if not whole_number("k", k) <= d:
-        raise InputError(f"k = {k}: an input Hessian of shape {(d, d)} has 1 to {d} eigenvalues")
+    if not isinstance(k, Integral) or not 1 <= k <= d:
+        raise InputError(f"k = {k!r}: an input Hessian of shape {(d, d)} has 1 to {d} eigenvalues")
     if _chosen(model, x, method) == "lanczos":
         return eigenvalues_by_lanczos(model, x, y, k, "LA", tol, memory)
     found = [x.new_zeros(0, min(k, classes - 1), dtype=torch.float64)]
