@@ -124,7 +124,8 @@ def input_hessian_eigenvalues(
         classes = model(x[:1].clone()).shape[1]
     k = min(classes - 1, d) if k is None else k
     tolerance(tol)
-    if not (isinstance(k, Integral) and 1 <= int(k) <= d):
+    whole = isinstance(k, Integral)
+    if not (whole and 1 <= k <= d):
         raise InputError(f"k = {k!r}: an input Hessian of shape {(d, d)} has 1 to {d} eigenvalues")
     if _chosen(model, x, method) == "lanczos":
         return eigenvalues_by_lanczos(model, x, y, k, "LA", tol, memory)
