@@ -295,9 +295,8 @@ def test_numerical_differentiation_confirms_pooling_relu_and_normalisation() -> 
 # -- networks, and Jacobians ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_networks_have_pytorchs_derivatives(kind: str) -> None:
-    model = network(kind).eval()
+def of_weights(model: nn.Module) -> Callable[..., Tensor]:
+    """Return the outputs of three samples as a function of the weights."""
     x, _ = samples(3)
     names = [name for name, _ in model.named_parameters()]
 
@@ -305,6 +304,13 @@ def test_networks_have_pytorchs_derivatives(kind: str) -> None:
         result: Tensor = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
         return result
 
+    return outputs
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_networks_have_pytorchs_derivatives(kind: str) -> None:
+    model = network(kind).eval()
+    outputs = of_weights(model)
     assert_derivatives_agree(outputs, *model.parameters())
 
 
@@ -319,13 +325,7 @@ def pulled_back(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tu
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_fixed_gives_the_jacobian_and_its_transpose(kind: str) -> None:
     model = network(kind).eval()
-    x, _ = samples(3)
-    names = [name for name, _ in model.named_parameters()]
-
-    def outputs(*values: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
-        return result
-
+    outputs = of_weights(model)
     inputs = variables(*model.parameters())
     u, found = pulled_back(outputs, inputs)
     expected = torch.autograd.grad(outputs(*inputs), inputs, u.detach())

@@ -146,10 +146,15 @@ def data(pairs: Pairs, device: torch.device, dtype: torch.dtype) -> None:
             raise InputError(f"batch {i} holds NaN or infinity; clean the data")
 
 
-def labels(outputs: Tensor, pairs: Pairs) -> None:
-    """Raise InputError for class labels outside the range of the outputs (N, c), which CUDA answers with an abort."""
+def one_tensor(outputs: object) -> None:
+    """Raise InputError for a model that returns something else than a tensor."""
     if not isinstance(outputs, Tensor):
         raise InputError(f"the model returns a {type(outputs).__name__}; wrap it so that it returns one tensor")
+
+
+def labels(outputs: Tensor, pairs: Pairs) -> None:
+    """Raise InputError for class labels outside the range of the outputs (N, c), which CUDA answers with an abort."""
+    one_tensor(outputs)
     if outputs.ndim != 2:
         return
     classes = outputs.shape[1]
@@ -273,8 +278,7 @@ def independent_samples(model: nn.Module, forward: Callable[[Tensor], Tensor], x
     running_statistics(model)
     with torch.no_grad():
         outputs = forward(x)
-        if not isinstance(outputs, Tensor):
-            raise InputError(f"the model returns a {type(outputs).__name__}; wrap it so that it returns one tensor")
+        one_tensor(outputs)
         scale = outputs.abs().amax() if outputs.numel() else 0.0
         if (outputs - forward(x)).abs().amax() > _rounding(outputs) * scale:
             raise InputError(
