@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hessnb.experiments.networks import load_data
 from hessnb.experiments.run import Outcome
+from hessnb.experiments.spec import SPLITS, SplitName
 from hessnb.figures.style import (
     COLOURS,
     MARKERS,
@@ -27,7 +28,7 @@ from hessnb.figures.style import (
 )
 from hessnb.models import layers
 from hessnb.paper.adversarial import of_first_seed
-from hessnb.paper.large_batch import attacked, input_gradient, input_lambda1, lambda1
+from hessnb.paper.large_batch import Column, attacked, input_gradient, input_lambda1, lambda1
 from hessnb.paper.published import published
 
 
@@ -96,13 +97,10 @@ def lambda1_against_batch(table: str, live: Sequence[Outcome], record: Sequence[
             return nothing("all batch sizes")
         paper = published(table).loc[(*live, *record)[0].task.spec.model.name]
         figure, axes = one_row(2, width=7.0, share_y=True)
-        for axis, split in zip(axes, ("train", "test"), strict=True):
+        for axis, split in zip(axes, SPLITS, strict=True):
             axis.loglog(paper.index, paper[f"lambda1_{split}"], "--", marker="x", color=COLOURS[6], label="paper")
             for label, outcomes, i in ((ours(record), record, 0), ("ours, live", live, 1)):
-                points = [
-                    (o.task.spec.recipe.batch_size, o.eigenvalues(split)[0]) for o in outcomes if o.eigenvalues(split)
-                ]
-                over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
+                over_seeds(axis, _points(outcomes, lambda1, split), marker=MARKERS[i], color=COLOURS[i], label=label)
             axis.set(title=f"{'training' if split == 'train' else 'test'} set", xlabel="batch size")
         axes[0].set_ylabel("dominant eigenvalue")
         axes[0].legend(fontsize=10)
@@ -129,16 +127,17 @@ def accuracy_against_batch(table: str, live: Sequence[Outcome], record: Sequence
                 ("live, float32", live, True, 1),
                 ("live, exact", live, False, 5),
             ):
-                points = [
-                    (o.task.spec.recipe.batch_size, accuracy[0])
-                    for o in outcomes
-                    if (accuracy := attacked(float(eps), plain=plain)([o], "test"))
-                ]
+                points = _points(outcomes, attacked(float(eps), plain=plain), "test")
                 over_seeds(axis, points, marker=MARKERS[i], color=COLOURS[i], label=label)
             axis.set(title=f"ε = {eps}", xlabel="batch size", xscale="log", ylim=(0, 100))
         axes[0].set_ylabel("accuracy under attack, %")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=10)
     return figure
+
+
+def _points(outcomes: Sequence[Outcome], column: Column, split: SplitName) -> list[tuple[int, float]]:
+    """Return batch size and value for each run that has one."""
+    return [(o.task.spec.recipe.batch_size, values[0]) for o in outcomes if (values := column([o], split))]
 
 
 def accuracy_against_measures(outcomes: Sequence[Outcome], eps: float) -> Figure:
