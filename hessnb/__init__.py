@@ -4,7 +4,7 @@ The package behind the book. Data flows one way through its modules, and imports
 
     data -> models -> training -> curvature, landscape,
                                   attacks, robustness       numerics, torch only
-         -> experiments (spec, store, grid, run)            what to compute, and what is there
+         -> experiments (spec, grid, results, store, run)   what to compute, and what is there
          -> paper, figures                                  what to show
          -> book, cli                                       how it is run and published
 

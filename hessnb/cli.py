@@ -23,7 +23,7 @@ from hessnb.experiments import archive, campaign, grid, record, status
 from hessnb.experiments.estimate import Estimates, seconds_of
 from hessnb.experiments.measure import Report
 from hessnb.experiments.profile import load_profile, profile_names
-from hessnb.experiments.run import held
+from hessnb.experiments.results import ended
 from hessnb.experiments.store import Store
 
 # A path may hold :x: or [/b]: it is shown as it is.
@@ -315,7 +315,7 @@ def store_export(
     Numbers and curves with their provenance, in as many files as their size needs; the same results in the same bytes.
     """
     loaded, opened, limit = load_profile(profile), Store(store), _bytes(max_size)
-    outcomes = held(opened, artefacts, loaded)
+    outcomes = ended(opened, artefacts, loaded)
     if not outcomes:
         raise InputError(
             f"{opened.root} holds no finished run of these under the profile {loaded.name}; hessnb status --all says "

@@ -9,7 +9,7 @@ from pathlib import Path
 from hessnb.experiments.grid import ARTEFACTS, Artefact, Task
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.record import Record, recorded
-from hessnb.experiments.run import Outcome, look_up
+from hessnb.experiments.results import Outcome, look_up
 from hessnb.experiments.spec import RunSpec
 from hessnb.paper.origins import distinctions
 from hessnb.paper.recorded import PROFILES

@@ -25,6 +25,7 @@ PAGES = {
     "statistics": ("hessnb.statistics",),
     "experiments": (
         "hessnb.experiments.run",
+        "hessnb.experiments.results",
         "hessnb.experiments.spec",
         "hessnb.experiments.grid",
         "hessnb.experiments.profile",

@@ -16,9 +16,9 @@ from hessnb.errors import RunFailed
 from hessnb.experiments import grid, networks, run
 from hessnb.experiments.measure import adversarial_examples
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Measurement, Outcome, RunResult
 from hessnb.experiments.spec import AttackAccuracy, AttackSpec, InputCurvature, Measure, RunSpec
-from hessnb.experiments.store import Measurement, RunResult, Store
+from hessnb.experiments.store import Store
 from hessnb.models import build
 from hessnb.paper import adversarial, large_batch
 from hessnb.paper.published import published

@@ -22,6 +22,7 @@ from hessnb.errors import InputError
 from hessnb.experiments import archive, grid, run
 from hessnb.experiments.files import seal, unseal
 from hessnb.experiments.profile import load_profile
+from hessnb.experiments.results import ended, look_up
 from hessnb.experiments.spec import RunSpec
 from hessnb.experiments.store import Store
 from hessnb.training import State
@@ -38,9 +39,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def exported(store: Store, folder: Path, *, weights: bool = True, max_size: int = 15_000_000) -> list[Path]:
-    return archive.export(
-        store, folder, "smoke", run.held(store, ["layers"], PROFILE), weights=weights, max_size=max_size
-    )
+    return archive.export(store, folder, "smoke", ended(store, ["layers"], PROFILE), weights=weights, max_size=max_size)
 
 
 def results(store: Store) -> dict[str, bytes]:
@@ -67,7 +66,7 @@ def test_all_comes_back_byte_for_byte_in_files_of_bounded_size(full: Store, tmp_
     assert (len(done.written), done.there) == (12, 0)
     assert other.check() == []
     assert archive.import_(other, paths) == archive.Imported([], 12)
-    assert all(outcome.complete for outcome in run.look_up(other, grid.artefact("layers").tasks(PROFILE)))
+    assert all(outcome.complete for outcome in look_up(other, grid.artefact("layers").tasks(PROFILE)))
 
 
 def test_archives_are_put_together_in_whatever_order_they_are_given(full: Store, tmp_path: Path) -> None:

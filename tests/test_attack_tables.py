@@ -15,9 +15,8 @@ from hessnb.attacks import ATTACKS, damped_newton, l2_gradient, l2_hessian, near
 from hessnb.data import Splits
 from hessnb.experiments import grid
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Measurement, Outcome, RunResult
 from hessnb.experiments.spec import AttackAccuracy, AttackSpec
-from hessnb.experiments.store import Measurement, RunResult
 from hessnb.models import build
 from hessnb.paper import attacks
 from hessnb.paper.recorded import Recorded

@@ -18,7 +18,7 @@ from hessnb.experiments import grid, run
 from hessnb.experiments import measure as measuring
 from hessnb.experiments.networks import load_split, trained_model
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Measurement, Outcome, RunResult
 from hessnb.experiments.spec import (
     AUTOATTACK,
     AttackAccuracy,
@@ -29,7 +29,7 @@ from hessnb.experiments.spec import (
     Spectrum,
     parse_measure,
 )
-from hessnb.experiments.store import Measurement, RunResult, Store
+from hessnb.experiments.store import Store
 from hessnb.figures import beyond as figures_beyond
 from hessnb.paper import beyond
 from hessnb.paper.adversarial import network_name

@@ -28,6 +28,7 @@ from hessnb.experiments.estimate import Estimates, in_words, seconds_of
 from hessnb.experiments.measure import Report
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.provenance import device_name
+from hessnb.experiments.results import Measurement, RunResult
 from hessnb.experiments.spec import (
     AttackAccuracy,
     AttackSpec,
@@ -38,7 +39,7 @@ from hessnb.experiments.spec import (
     RunSpec,
     Spectrum,
 )
-from hessnb.experiments.store import Measurement, RunResult, Spent, Store
+from hessnb.experiments.store import Spent, Store
 from hessnb.training import Epoch, State
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from hessnb.attacks import ATTACKS
 from hessnb.errors import InputError
 from hessnb.experiments.grid import Task, artefact
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Measurement, Outcome, RunResult, measurement_to_json, run_result_to_json
 from hessnb.experiments.spec import (
     AttackAccuracy,
     InputCurvature,
@@ -27,7 +27,6 @@ from hessnb.experiments.spec import (
     RunSpec,
     Spectrum,
 )
-from hessnb.experiments.store import Measurement, RunResult, measurement_to_json, run_result_to_json
 from hessnb.paper import (
     adversarial,
     claims,

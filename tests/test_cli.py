@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from hessnb.cli import main
 from hessnb.experiments import grid, provenance, status
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.store import RunResult, Store
+from hessnb.experiments.results import RunResult
+from hessnb.experiments.store import Store
 from hessnb.training import Epoch, State
 
 SMOKE = ["--profile", "smoke"]

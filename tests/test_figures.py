@@ -16,9 +16,8 @@ from hessnb import figures
 from hessnb.data import Splits
 from hessnb.experiments.grid import artefact
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Measurement, Outcome
 from hessnb.experiments.spec import Spectrum
-from hessnb.experiments.store import Measurement
 from hessnb.figures import beyond, landscape, robust
 from hessnb.figures.style import grid, plain_log_labels
 from hessnb.paper.attacks import DampingSweep

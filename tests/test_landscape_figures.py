@@ -19,9 +19,9 @@ from hessnb.data import Split
 from hessnb.experiments import grid, networks, run
 from hessnb.experiments.measure import eigenvectors
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Measurement, Outcome
 from hessnb.experiments.spec import LossLine, LossPlane, Measure, Spectrum
-from hessnb.experiments.store import Measurement, Store
+from hessnb.experiments.store import Store
 from hessnb.figures import landscape as drawn
 from hessnb.landscape import along, random_direction
 from hessnb.paper import landscapes

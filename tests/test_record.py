@@ -16,8 +16,9 @@ import hessnb
 from hessnb.errors import InputError
 from hessnb.experiments import grid, provenance, record, run
 from hessnb.experiments.profile import load_profile
+from hessnb.experiments.results import Measurement, RunResult, ended
 from hessnb.experiments.spec import InputCurvature
-from hessnb.experiments.store import Measurement, RunResult, Store
+from hessnb.experiments.store import Store
 from hessnb.training import Epoch, State
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -51,7 +52,7 @@ def test_record_is_complete_deterministic_and_passes_its_check(smoke: Store, fol
     before = {path: path.read_bytes() for path in folder.rglob("*.json")}
     assert record.publish(smoke, folder, "smoke") == record.Published([], [])
     assert record.check(folder) == []
-    held = run.held(smoke, ["layers"], load_profile("smoke"))
+    held = ended(smoke, ["layers"], load_profile("smoke"))
     assert len(before) == sum(1 + len(outcome.measurements) for outcome in held) == 10
     read = record.recorded("layers", "smoke", folder)
     assert [outcome.measurements for outcome in read] == [outcome.measurements for outcome in held]
@@ -87,7 +88,7 @@ def test_later_seed_is_published_from_a_store_that_holds_it_alone(tmp_path: Path
     assert record.check(tmp_path / "record") == []
     (outcome,) = record.recorded("layers", "smoke", tmp_path / "record")
     assert outcome.task.spec == first.spec
-    assert run.held(store, ["layers"], profile)[0].result == store.result(first.spec)
+    assert ended(store, ["layers"], profile)[0].result == store.result(first.spec)
 
 
 EPOCH = Epoch(1, 0.05, 1.2345678901234, 0.5, 1.0, 0.5, 0.1234567890123)
@@ -264,7 +265,7 @@ def test_benchmarks_are_checked_too(tmp_path: Path) -> None:
 
 
 def test_provenance_is_one_line_that_says_all(smoke: Store) -> None:
-    (outcome, *_) = run.held(smoke, ["layers"], load_profile("smoke"))
+    (outcome, *_) = ended(smoke, ["layers"], load_profile("smoke"))
     measurement = next(iter(outcome.measurements.values()))
     text = provenance.line(outcome.task.spec.label, measurement.provenance)
     assert text.startswith("M1-mnist5k-b20-s0, seed 0, commit 0123456789, ")

@@ -10,7 +10,8 @@ import pytest
 from hessnb.experiments import grid, record
 from hessnb.experiments.grid import Task
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.store import Measurement, RunResult, Store
+from hessnb.experiments.results import Measurement, RunResult
+from hessnb.experiments.store import Store
 from hessnb.paper.origins import distinctions
 from hessnb.paper.tables import NOT_MEASURED
 from hessnb.record_pages import generated, missing_lists, state_table

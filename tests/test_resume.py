@@ -20,7 +20,8 @@ import torch
 import workers
 
 from hessnb.experiments import profile
-from hessnb.experiments.store import RunResult, Store
+from hessnb.experiments.results import RunResult
+from hessnb.experiments.store import Store
 
 KILLS = 20
 

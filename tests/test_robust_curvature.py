@@ -19,9 +19,9 @@ from hessnb.experiments import run
 from hessnb.experiments.grid import Task, artefact
 from hessnb.experiments.networks import load_data, load_split, trained_model
 from hessnb.experiments.profile import AdversarialTraining, load_profile
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Measurement, Outcome
 from hessnb.experiments.spec import Interpolation, LossLine, Spectrum
-from hessnb.experiments.store import Measurement, Store
+from hessnb.experiments.store import Store
 from hessnb.figures import robust as figures_robust
 from hessnb.models import build, layers
 from hessnb.paper import robust_curvature as rc

@@ -22,8 +22,9 @@ from hessnb.errors import InputError, RunFailed
 from hessnb.experiments import grid, measure, networks, run, status
 from hessnb.experiments.estimate import Estimates
 from hessnb.experiments.profile import load_profile
+from hessnb.experiments.results import Measurement, RunResult, look_up
 from hessnb.experiments.spec import DataSpec, Density, InputCurvature, ModelSpec, PowerIteration, RunSpec, Spectrum
-from hessnb.experiments.store import Measurement, RunResult, Spent, Store
+from hessnb.experiments.store import Spent, Store
 from hessnb.paper import large_batch
 from hessnb.paper.published import published as published_table
 from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, stopping
@@ -43,7 +44,7 @@ def tasks() -> list[grid.Task]:
 
 
 def test_outcomes_are_complete_and_the_target_is_reached(smoke: Store) -> None:
-    outcomes = run.look_up(smoke, tasks())
+    outcomes = look_up(smoke, tasks())
     assert all(outcome.complete for outcome in outcomes)
     for outcome in outcomes:
         assert outcome.result is not None
@@ -59,7 +60,7 @@ def test_second_call_computes_nothing(smoke: Store, monkeypatch: pytest.MonkeyPa
 
 
 def test_recorded_numbers_are_those_of_the_network(smoke: Store) -> None:
-    outcome = run.look_up(smoke, tasks())[0]
+    outcome = look_up(smoke, tasks())[0]
     spec = outcome.task.spec
     model = networks.trained_model(smoke, spec)
     splits = networks.load_data(spec.data, "cpu")
@@ -355,7 +356,7 @@ def test_published_table_is_the_papers() -> None:
 
 
 def test_table_shows_ours_beside_the_papers_and_says_what_is_missing(smoke: Store) -> None:
-    outcomes = run.look_up(smoke, tasks())
+    outcomes = look_up(smoke, tasks())
     table = large_batch.curvature("table7", outcomes, name="tab-x", caption="a caption")
     assert [row[0] for row in table.rows] == ["20", "100"]
     first = next(iter(outcomes[0].measurements.values())).values["eigenvalues"][0]

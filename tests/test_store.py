@@ -18,8 +18,9 @@ import torch
 from hessnb.errors import InputError
 from hessnb.experiments import store as module
 from hessnb.experiments.files import read_tensors, seal, write_whole
+from hessnb.experiments.results import Measurement, RunResult
 from hessnb.experiments.spec import DataSpec, ModelSpec, RunSpec, Spectrum
-from hessnb.experiments.store import Measurement, RunResult, Spent, Store
+from hessnb.experiments.store import Spent, Store
 from hessnb.training import Epoch, Recipe, State
 
 SPEC = RunSpec(

@@ -28,9 +28,9 @@ from torch import Tensor
 from hessnb.errors import InputError
 from hessnb.experiments.files import clear_errors, read_tensors, seal, unseal, write_whole
 from hessnb.experiments.provenance import line
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome, measurement_from_json, run_result_from_json, without_origin
 from hessnb.experiments.spec import RunSpec
-from hessnb.experiments.store import Store, measurement_from_json, run_result_from_json, without_origin
+from hessnb.experiments.store import Store
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

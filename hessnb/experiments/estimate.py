@@ -13,8 +13,9 @@ import torch
 
 from hessnb.errors import InputError
 from hessnb.experiments.provenance import device_name
+from hessnb.experiments.results import Measurement, RunResult
 from hessnb.experiments.spec import Measure, RunSpec
-from hessnb.experiments.store import Measurement, RunResult, Store
+from hessnb.experiments.store import Store
 from hessnb.training import Epoch
 
 # Seconds or epochs seen, by what they belong to and by batch size.

@@ -27,18 +27,19 @@ from hessnb.errors import InputError
 from hessnb.experiments.files import clear_errors, write_whole
 from hessnb.experiments.grid import ARTEFACTS, of_seeds
 from hessnb.experiments.profile import load_profile, profile_names
-from hessnb.experiments.run import Outcome, held
-from hessnb.experiments.spec import Measure, RunSpec
-from hessnb.experiments.store import (
+from hessnb.experiments.results import (
     Measurement,
+    Outcome,
     Results,
     RunResult,
+    ended,
     measurement_from_json,
     measurement_to_json,
     run_result_from_json,
     run_result_to_json,
     without_origin,
 )
+from hessnb.experiments.spec import Measure, RunSpec
 
 BENCHMARKS = "benchmarks.json"
 
@@ -101,7 +102,7 @@ def publish(source: Results, folder: Path, profile: str, names: Sequence[str] = 
     if profile not in profile_names():
         raise InputError(f"the record holds results of {', '.join(profile_names())}; {profile!r} is none of these")
     changed, refused = [], []
-    for outcome in held(source, names, load_profile(profile)):
+    for outcome in ended(source, names, load_profile(profile)):
         if outcome.result is None:
             continue
         spec = outcome.task.spec
@@ -144,7 +145,7 @@ def recorded(name: str, profile: str = "paper", folder: Path | None = None) -> l
     """Return what the record holds of an artefact under a profile: an outcome for each run that is there."""
     folder = folder or record_root()
     loaded = load_profile(profile)
-    return held(Record(folder / loaded.name), [name], loaded) if folder else []
+    return ended(Record(folder / loaded.name), [name], loaded) if folder else []
 
 
 # -- formatting ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from hessnb import data, training
 from hessnb.errors import InputError, RunFailed
-from hessnb.experiments.grid import Task, artefact, chosen, of_seeds
+from hessnb.experiments.grid import Task, artefact
 from hessnb.experiments.measure import Report, measured, silent
 from hessnb.experiments.networks import attack_function, load_data, new_model, trained_model
-from hessnb.experiments.profile import Profile, load_profile
+from hessnb.experiments.profile import load_profile
 from hessnb.experiments.provenance import provenance
-from hessnb.experiments.spec import Measure, RunSpec, Spectrum
-from hessnb.experiments.store import Measurement, Results, RunResult, Spent, Store
+from hessnb.experiments.results import Measurement, Outcome, RunResult, look_up
+from hessnb.experiments.spec import Measure, RunSpec
+from hessnb.experiments.store import Spent, Store
 from hessnb.pace import Pace
 from hessnb.together import is_faster_together, train_together
 from hessnb.training import State
@@ -35,55 +36,6 @@ RESUMED = {
     "loss_plane": 0.0,
     "interpolation": 0.0,
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One task and what is there of it: the ended training, if any, and the measurements, by their measure."""
-
-    task: Task
-    result: RunResult | None
-    measurements: dict[Measure, Measurement]
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to compute: all measures are there, or the training failed for good."""
-        if self.result is None:
-            return False
-        return self.result.status == "failed" or set(self.task.measures) <= self.measurements.keys()
-
-    def eigenvalues(self, split: str, parameters: str | None = None) -> list[float]:
-        """Return the Hessian eigenvalues measured on a split, the largest magnitude first; empty when not measured.
-
-        ``parameters`` names the block that they belong to, None the whole Hessian. Not those of a sub-sampled one.
-        """
-        found = [
-            m.values["eigenvalues"]
-            for measure, m in self.measurements.items()
-            if isinstance(measure, Spectrum)
-            and (measure.split, measure.parameters, measure.samples) == (split, parameters, None)
-        ]
-        return list(max(found, key=len, default=[]))
-
-
-def look_up(source: Results, tasks: Sequence[Task]) -> list[Outcome]:
-    """Return what a store or the record holds of each task; computes nothing."""
-    outcomes = []
-    for task in tasks:
-        found = {measure: source.measurement(task.spec, measure) for measure in task.measures}
-        there = {measure: measurement for measure, measurement in found.items() if measurement is not None}
-        outcomes.append(Outcome(task, source.result(task.spec), there))
-    return outcomes
-
-
-def held(source: Results, names: Sequence[str], profile: Profile) -> list[Outcome]:
-    """Return all that a store or the record holds of artefacts (see `chosen`): an outcome for each run that has ended.
-
-    Of every seed, whatever others it lacks: the seeds of one artefact may have been computed in several stores.
-    """
-    seeds = sorted({result.spec.recipe.seed for result in source.results()})
-    outcomes = look_up(source, of_seeds(chosen(names), profile, seeds))
-    return [outcome for outcome in outcomes if outcome.result is not None]
 
 
 def compute(

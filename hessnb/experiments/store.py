@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -44,30 +43,18 @@ from hessnb.experiments.files import (
     write_whole,
 )
 from hessnb.experiments.provenance import device_name
-from hessnb.experiments.spec import Measure, RunSpec, parse_measure
+from hessnb.experiments.results import (
+    Measurement,
+    RunResult,
+    measurement_from_json,
+    measurement_to_json,
+    run_result_from_json,
+    run_result_to_json,
+)
+from hessnb.experiments.spec import Measure, RunSpec
 from hessnb.training import Epoch, State
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A training that has ended: ``done``, or ``failed`` with a reason; its history and where it came from."""
-
-    spec: RunSpec
-    status: Literal["done", "failed"]
-    reason: str
-    history: list[Epoch]
-    provenance: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a measure gave: plain numbers and lists by name, and where they came from."""
-
-    measure: Measure
-    values: dict[str, Any]
-    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,22 +63,6 @@ class Spent:
 
     kept: float = 0.0
     lost: float = 0.0
-
-
-class Results(Protocol):
-    """Anything that can be asked for results: the store, or the published record."""
-
-    def results(self) -> Iterator[RunResult]:
-        """Go through all ended trainings."""
-        ...
-
-    def result(self, spec: RunSpec) -> RunResult | None:
-        """Return the ended training of ``spec``, or None."""
-        ...
-
-    def measurement(self, spec: RunSpec, measure: Measure) -> Measurement | None:
-        """Return what ``measure`` gave on the network of ``spec``, or None."""
-        ...
 
 
 def store_root(root: str | os.PathLike[str] | None = None) -> Path:
@@ -389,53 +360,3 @@ def state_from_tensors(tensors: Mapping[str, Tensor], history: list[Epoch]) -> S
         momentum=[tensors[f"momentum.{i}"] for i in range(len(momentum))],
         history=history,
     )
-
-
-def run_result_to_json(result: RunResult) -> dict[str, Any]:
-    """Return a run result as plain JSON content."""
-    return {
-        "spec": json.loads(result.spec.canonical()),
-        "status": result.status,
-        "reason": result.reason,
-        "history": [asdict(line) for line in result.history],
-        "provenance": result.provenance,
-    }
-
-
-def run_result_from_json(body: dict[str, Any], where: str) -> RunResult:
-    """Return the run result that `run_result_to_json` wrote; raise InputError naming ``where`` if it is not one."""
-    try:
-        return RunResult(
-            spec=RunSpec.parse(body["spec"], where),
-            status=body["status"],
-            reason=body["reason"],
-            history=[Epoch(**line) for line in body["history"]],
-            provenance=body["provenance"],
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{where} does not hold a run ({error!r}); remove it") from error
-
-
-def without_origin(body: dict[str, Any]) -> dict[str, Any]:
-    """Return a run or a measurement, as JSON content, without where, when and in how many seconds it was computed."""
-    body = {name: value for name, value in body.items() if name != "provenance"}
-    if "history" in body:
-        body["history"] = [{**epoch, "seconds": None} for epoch in body["history"]]
-    return body
-
-
-def measurement_to_json(measurement: Measurement) -> dict[str, Any]:
-    """Return a measurement as plain JSON content."""
-    return {
-        "measure": json.loads(measurement.measure.canonical()),
-        "values": measurement.values,
-        "provenance": measurement.provenance,
-    }
-
-
-def measurement_from_json(body: dict[str, Any], where: str) -> Measurement:
-    """Return the measurement that `measurement_to_json` wrote; raise InputError naming ``where`` if it is not one."""
-    try:
-        return Measurement(parse_measure(body["measure"], where), body["values"], body["provenance"])
-    except KeyError as error:
-        raise InputError(f"{where} does not hold a measurement (no {error}); remove it") from error

@@ -19,7 +19,7 @@ from torch import Tensor
 from hessnb.attacks import ATTACKS, Perturbation
 from hessnb.curvature import InputCurvature
 from hessnb.data import Splits
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy
 from hessnb.figures.large_batch import (
     accuracy_against_batch,

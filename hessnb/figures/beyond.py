@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hessnb.curvature import SpectralDensity
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 from hessnb.figures.style import COLOURS, MARKERS, bound, look, nothing, over_seeds, style
 from hessnb.paper.beyond import RESOLUTION, Rescaling, followed, spectral, under_fgsm
 from hessnb.paper.large_batch import lambda1

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.interpolate import RectBivariateSpline
 
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 from hessnb.figures.style import COLOURS, SETS, absent, grid, legend_of_sets, name_axes, nothing, style, titled
 from hessnb.landscape import Landscape
 from hessnb.paper.landscapes import extremes, first_of_each, line, plane, rise

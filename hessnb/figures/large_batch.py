@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hessnb.experiments.networks import load_data
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 from hessnb.experiments.spec import SPLITS, SplitName
 from hessnb.figures.style import (
     COLOURS,

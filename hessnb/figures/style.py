@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 from hessnb.paper.recorded import Recorded, papers_own, recorded_as
 from hessnb.paper.tables import NOT_MEASURED
 

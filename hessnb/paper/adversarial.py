@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from hessnb.attacks import ATTACKS
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 from hessnb.experiments.spec import AttackAccuracy, RunSpec
 from hessnb.paper.origins import origins
 from hessnb.paper.published import published

@@ -19,7 +19,8 @@ from hessnb.attacks.loop import wrongness
 from hessnb.attacks.second_order import DAMPINGS
 from hessnb.experiments.grid import artefact
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.run import Outcome, all_trained, compute
+from hessnb.experiments.results import Outcome
+from hessnb.experiments.run import all_trained, compute
 from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy, AttackSpec
 from hessnb.experiments.store import Store
 from hessnb.models import inference

@@ -18,7 +18,8 @@ from hessnb.data import Split
 from hessnb.experiments.grid import artefact
 from hessnb.experiments.measure import hessian_batch
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.run import Outcome, compute
+from hessnb.experiments.results import Outcome
+from hessnb.experiments.run import compute
 from hessnb.experiments.spec import AUTOATTACK, AttackAccuracy, Density, RunSpec, Sharpness
 from hessnb.experiments.store import Store
 from hessnb.landscape import random_direction

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hessnb.curvature import HessianOperator, trace
 from hessnb.data import Split
 from hessnb.experiments.measure import hessian_batch
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 from hessnb.experiments.spec import LossLine, LossPlane
 from hessnb.landscape import along, random_direction
 from hessnb.models import inference

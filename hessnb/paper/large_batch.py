@@ -10,7 +10,7 @@ from typing import Literal
 
 import pandas as pd
 
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 from hessnb.experiments.spec import SPLITS, AttackAccuracy, AttackSpec, InputCurvature, SplitName
 from hessnb.paper.origins import origins
 from hessnb.paper.published import published

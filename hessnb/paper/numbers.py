@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 from hessnb.attacks import ATTACKS
+from hessnb.experiments.results import Measurement
 from hessnb.experiments.spec import (
     SPLITS,
     AttackAccuracy,
@@ -36,7 +37,6 @@ from hessnb.experiments.spec import (
     RunSpec,
     Spectrum,
 )
-from hessnb.experiments.store import Measurement
 from hessnb.paper.adversarial import network_name
 from hessnb.paper.published import ADVERSARIAL, LARGE_BATCH, published
 from hessnb.paper.recorded import Recorded

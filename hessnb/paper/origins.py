@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from hessnb.experiments.record import project_root
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 from hessnb.experiments.spec import RunSpec
 from hessnb.paper.recorded import Recorded
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from hessnb.experiments.grid import artefact
 from hessnb.experiments.profile import load_profile
 from hessnb.experiments.record import record_root, recorded
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 
 # Where numbers are looked for, in this order; the first is the paper's own scale.
 PROFILES = ("paper", "laptop")

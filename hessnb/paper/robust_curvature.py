@@ -24,9 +24,10 @@ from hessnb.experiments.grid import Task, artefact
 from hessnb.experiments.measure import hessian_batch
 from hessnb.experiments.networks import drawn, load_split, trained_model
 from hessnb.experiments.profile import load_profile
-from hessnb.experiments.run import Outcome, all_trained, compute, results
+from hessnb.experiments.results import Measurement, Outcome
+from hessnb.experiments.run import all_trained, compute, results
 from hessnb.experiments.spec import Interpolation, LossLine, Measure, RunSpec, Spectrum
-from hessnb.experiments.store import Measurement, Store
+from hessnb.experiments.store import Store
 from hessnb.models import layers
 from hessnb.paper.adversarial import CONTROL, ORIGINAL, network_name
 from hessnb.paper.landscapes import sample_losses

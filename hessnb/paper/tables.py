@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hessnb import data, models
-from hessnb.experiments.run import Outcome
+from hessnb.experiments.results import Outcome
 from hessnb.experiments.spec import PowerIteration, Spectrum
 from hessnb.paper.origins import HEADER, Origin
 
