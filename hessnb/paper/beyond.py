@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -65,8 +66,8 @@ def spectral(outcome: Outcome) -> SpectralDensity | None:
 def densities(outcomes: Sequence[Outcome], top: Sequence[Outcome], classes: int, *, name: str, caption: str) -> Table:
     """Return what densities say of each network: trace, how much of it the first ``classes`` - 1 hold, negative part.
 
-    ``top`` has the networks' leading eigenvalues, of which the largest relative drop is told. Errors are standard
-    errors over random probes.
+    ``top`` has the networks' leading eigenvalues, of which the largest relative drop is told. They are known exactly:
+    the random probes estimate only what lies below them, and errors are standard errors over the probes.
     """
     leading = {o.task.spec: o.eigenvalues("train") for o in top}
     rows: list[tuple[str, ...]] = []
@@ -74,16 +75,25 @@ def densities(outcomes: Sequence[Outcome], top: Sequence[Outcome], classes: int,
         found, exact = spectral(outcome), leading.get(outcome.task.spec, [])
         if found is None:
             continue
-        trace = found.trace_of(lambda t: t)
+        known = [eigenvalue for eigenvalue in exact if eigenvalue > 0]
+        rest, size = (_below(found, known, f) for f in (torch.clone, torch.abs))
+        trace = replace(rest, value=sum(known) + rest.value)
         below = float(found.nodes.max()) * -RESOLUTION
         negative = found.share(-float("inf"), below)
-        mass = found.trace_of(lambda t: (-t).clamp_min(0.0)).value / found.trace_of(torch.abs).value
+        mass = found.trace_of(lambda t: (-t).clamp_min(0.0)).value / (sum(known) + size.value)
         share = f"{sum(exact[: classes - 1]) / trace.value:.0%}" if len(exact) >= classes else NOT_MEASURED
         cells = (_error(trace, "{:.3g}"), share, _drop(exact), _error(negative, "{:.1%}"), f"{mass:.1%}")
         rows.append((str(outcome.task.spec.recipe.batch_size), *cells))
     rows = rows or [(NOT_MEASURED, *["–"] * 5)]
     header = ("Batch", "trace", f"first {classes - 1}, of the trace", "largest drop", "negative", "negative part")
     return Table(name, caption, header, tuple(rows), origins([o for o in outcomes if spectral(o)]))
+
+
+def _below(density: SpectralDensity, known: Sequence[float], f: Callable[[Tensor], Tensor]) -> Estimate:
+    """Return an estimate of the trace of f(H) without the leading eigenvalues that are ``known``."""
+    # Their nodes have converged to them from below.
+    end = min(known, default=math.inf) * (1 - RESOLUTION)
+    return density.trace_of(lambda t: f(t) * (t < end))
 
 
 def _error(found: Estimate, form: str) -> str:
