@@ -137,8 +137,8 @@ def table6() -> Table:
     return Table(
         "tab-models",
         "The networks of the paper's Table 6 as they are built here, with the weights counted. k × k, c is a "
-        "convolution with c channels, max-pool 3/2 has a window of 3 and a stride of 2, a number alone is a fully connected layer of so "
-        "many units, BN is batch normalisation; all activations are ReLU.",
+        "convolution with c channels, max-pool 3/2 has a window of 3 and a stride of 2, a number alone is a fully "
+        "connected layer of so many units, BN is batch normalisation; all activations are ReLU.",
         ("Network", "Input", "Layers", "Weights"),
         tuple(rows),
     )
