@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hessnb.curvature.checks import each_batch, independent_samples, is_mean, loss_of, varied
+from hessnb.checks import each_batch, independent_samples, is_mean, loss_of, varied
 from hessnb.errors import InputError, unknown
 from hessnb.identity import of_loss, of_network, tensors
 from hessnb.models import cuda_devices, inference

@@ -102,6 +102,20 @@ def inference(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         yield lambda x: model(x.clone())
 
 
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluate inside in eval mode, in full precision, and with gradients; give all back afterwards as it was."""
+    # The random state is kept for models that draw although they are not in train mode.
+    with (
+        eval_mode(model),
+        full_precision(),
+        torch.random.fork_rng(cuda_devices(model)),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
 Scale = Callable[[int], int]
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hessnb.attacks import fgsm, pgd
-from hessnb.curvature.checks import finite_outputs
-from hessnb.curvature.evaluation import check_samples
+from hessnb.checks import check_samples, finite_outputs
 from hessnb.errors import InputError
 from hessnb.models import inference
 from hessnb.statistics import Interval, proportion

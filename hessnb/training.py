@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessnb.curvature.evaluation import check_samples
+from hessnb.checks import check_samples
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError, RunFailed, real_number, whole_number
 from hessnb.models import cuda_devices, inference

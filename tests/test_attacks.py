@@ -36,8 +36,8 @@ from hessnb.attacks import (
 from hessnb.attacks.ball import Norm, unit_ball
 from hessnb.attacks.loop import Attack, Perturbation, wrongness
 from hessnb.attacks.second_order import Solver
+from hessnb.checks import finite
 from hessnb.curvature import input_gradient_norms, input_hessian, input_hessian_solve
-from hessnb.curvature.checks import finite
 from hessnb.curvature.evaluation import differentiable
 from hessnb.data import Splits
 from hessnb.errors import InputError

@@ -33,10 +33,10 @@ from hessnb.curvature import (
     inputs,
     is_piecewise_linear,
 )
-from hessnb.curvature.evaluation import cheapened, differentiable, evaluation
+from hessnb.curvature.evaluation import cheapened, differentiable
 from hessnb.data import Splits, load
 from hessnb.errors import InputError
-from hessnb.models import build
+from hessnb.models import build, evaluation
 from hessnb.training import Recipe, train
 
 Untouched = Callable[..., AbstractContextManager[None]]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hessnb.attacks import checks
 from hessnb.attacks.ball import Norm
-from hessnb.curvature.evaluation import check_samples, evaluation
+from hessnb.checks import check_samples
 from hessnb.errors import InputError, whole_number
+from hessnb.models import evaluation
 
 # What is said where the package is not installed.
 MISSING = "autoattack needs the package pyautoattack: pip install 'hessnb[attacks]'"

@@ -1,4 +1,4 @@
-"""What must hold of an attack's arguments; each fault names a remedy. What must hold of the samples is in curvature."""
+"""What must hold of an attack's arguments; each fault names a remedy. Of samples and networks: `hessnb.checks`."""
 
 from __future__ import annotations
 

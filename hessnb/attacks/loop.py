@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from hessnb.attacks import checks
 from hessnb.attacks.ball import Ball, Bounds, Norm, normalised, unit_ball
-from hessnb.curvature.checks import finite_gradients
+from hessnb.checks import check_samples, finite_gradients
 from hessnb.curvature.closed_form import require_piecewise_linear
-from hessnb.curvature.evaluation import cheapened, check_samples, evaluation, in_float64
+from hessnb.curvature.evaluation import cheapened, in_float64
 from hessnb.errors import whole_number
+from hessnb.models import evaluation
 
 Precision = Literal["float64", "own", "plain"]
 Scale = Literal["sqrt_dim", "unit"]

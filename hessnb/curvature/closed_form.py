@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessnb.curvature import checks
-from hessnb.curvature.evaluation import PROBES, differentiable, evaluation, in_chunks
+from hessnb.checks import PROBES, finite_gradients
+from hessnb.curvature.evaluation import differentiable, in_chunks
 from hessnb.errors import InputError
+from hessnb.models import evaluation
 
 # A network counts as piecewise linear when its gradient changes, along a random direction as long as the sample, or one
 # where that is shorter, by at most this share.
@@ -129,7 +130,7 @@ def closed_form(leaf: Tensor, logits: Tensor) -> ClosedForm:
     factor = q[:, :, None] * (eye - q[:, :, None] * share[:, None, :])
     wide = rows.double()  # squares of what float32 holds may leave its range
     gram = wide @ wide.mT
-    checks.finite_gradients(gram)
+    finite_gradients(gram)
     return ClosedForm(rows, factor, gram, order, reference, others)
 
 

@@ -1,41 +1,18 @@
-"""Networks as functions of their samples: evaluated in eval mode and left as they were, with inputs that are checked.
-
-Shared by what differentiates with respect to the input: input Hessians and attacks.
-"""
+"""Networks as functions of their samples, by which input Hessians and attacks differentiate them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from hessnb.curvature import checks
+from hessnb.checks import finite_outputs
 from hessnb.curvature.cheap_layers import cheap_layers, suits
 from hessnb.curvature.memory import held_bytes
 from hessnb.errors import InputError
-from hessnb.models import cuda_devices, eval_mode
-from hessnb.precision import full_precision
 
 Forward = Callable[[Tensor], Tensor]
-
-# How many samples are probed for randomness and for dependence on each other.
-PROBES = 16
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluate inside in eval mode, in full precision, and with gradients; give all back afterwards as it was."""
-    # The random state is kept for models that draw although they are not in train mode.
-    with (
-        eval_mode(model),
-        full_precision(),
-        torch.random.fork_rng(cuda_devices(model)),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        yield
 
 
 def differentiable(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +25,7 @@ def differentiable(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
     layout = torch.contiguous_format if x.dtype == torch.float64 else torch.preserve_format
     leaf = x.detach().clone(memory_format=layout).requires_grad_()
     logits = forward(leaf.clone())  # a copy, since networks may work in place
-    checks.finite_outputs(logits.detach())
+    finite_outputs(logits.detach())
     if not logits.requires_grad:
         raise InputError("the model's outputs cannot be differentiated: look for detach() or no_grad() inside of it")
     return leaf, logits
@@ -111,45 +88,6 @@ def cross_entropy_in_differences(logits: Tensor, y: Tensor) -> Tensor:
     # Where y is the top, one plus and one minus one would swallow the small probabilities in the gradient of its logit.
     behind = torch.where(y[:, None] == top, 0.0, best - logits.gather(1, y[:, None]))
     return behind.sum() + excess.sum()
-
-
-def check_samples(
-    model: nn.Module, x: Tensor, y: Tensor | None, probes: int = PROBES, *, labelled: bool = True
-) -> None:
-    """Raise InputError unless samples x (N, ...), labels y (N,) and model fit together, and samples are independent.
-
-    ``probes`` is how many samples are looked at for the latter; with 0 they may depend on each other. Unless they are
-    to be ``labelled``, y may be None.
-    """
-    given = {"inputs": x, "labels": y} if labelled or y is not None else {"inputs": x}
-    for what, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            kind = "missing" if tensor is None else f"a {type(tensor).__name__}"
-            raise InputError(f"the {what} are {kind}: give a tensor; torch.as_tensor(...) makes one")
-    if len(x) == 0:
-        raise InputError("there are no inputs: give at least one sample")
-    if y is not None and (y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool):
-        raise InputError(f"the labels are {y.dtype} of shape {tuple(y.shape)}: they must be integers of shape (N,)")
-    if y is not None and len(x) != len(y):
-        raise InputError(f"{len(x)} inputs and {len(y)} labels: give as many labels as inputs, at least one")
-    checks.sound_model(model)
-    like = next((p for p in model.parameters()), x)
-    if not x.is_floating_point():
-        raise InputError(f"the inputs are {x.dtype}: convert them to the model's {like.dtype}")
-    pairs = [(x, torch.zeros(len(x), device=x.device) if y is None else y)]
-    checks.data(pairs, like.device, like.dtype)
-    with evaluation(model), torch.no_grad():
-        outputs = model(x[:1].clone())
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
-        told = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise InputError(f"the model returns {told} for one sample; it must return logits (N, c), c at least 2")
-    if not bool(torch.isfinite(outputs).all()):
-        raise InputError("the model's outputs are not finite: look for NaN in the weights")
-    if y is not None:
-        checks.labels(outputs, pairs)
-    if probes:
-        with evaluation(model):
-            checks.independent_samples(model, lambda part: model(part.clone()), x[:probes])
 
 
 # More small matrices at once than this CUDA's batched eigensolver may refuse.

@@ -13,11 +13,11 @@ from hessnb.curvature.evaluation import (
     cheapened,
     cross_entropy_in_differences,
     differentiable,
-    evaluation,
     in_chunks,
     in_float64,
 )
 from hessnb.errors import InputError
+from hessnb.models import evaluation
 
 
 def eigenvalues_by_lanczos(

@@ -16,19 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hessnb.curvature import checks
+from hessnb.checks import PROBES, check_samples, finite_gradients
 from hessnb.curvature.closed_form import closed_forms, piecewise_linear, require_piecewise_linear
-from hessnb.curvature.evaluation import (
-    PROBES,
-    check_samples,
-    cross_entropy_in_differences,
-    differentiable,
-    evaluation,
-    in_chunks,
-)
+from hessnb.curvature.evaluation import cross_entropy_in_differences, differentiable, in_chunks
 from hessnb.curvature.input_lanczos import eigenvalues_by_lanczos, solve_by_lanczos
 from hessnb.curvature.memory import at_a_time
 from hessnb.errors import InputError, real_number, tolerance, unknown
+from hessnb.models import evaluation
 
 Method = Literal["auto", "closed_form", "lanczos"]
 
@@ -91,7 +85,7 @@ def input_gradient_norms(model: nn.Module, x: Tensor, y: Tensor, *, memory: int 
             (pulled,) = torch.autograd.grad(logits, leaf, direction, materialize_grads=True)
             norms.append(length * torch.linalg.vector_norm(pulled.double().flatten(1), dim=1))
     found = torch.cat(norms)
-    checks.finite_gradients(found)
+    finite_gradients(found)
     return found
 
 

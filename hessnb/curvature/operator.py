@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hessnb.checks import check_data, check_labels, is_mean, varied
 from hessnb.curvature import checks
 from hessnb.curvature.cheap_layers import cheap_layers, suits
 from hessnb.curvature.memory import available_memory, held_bytes
@@ -75,11 +76,11 @@ class CurvatureOperator(ABC):
             pairs = every if samples is None else _select(every, samples)
             self.n_samples = sum(len(x) for x, _ in pairs)
             self._noted = checks.note(model, pairs)
-            checks.data(pairs, self.device, self.dtype)
+            check_data(pairs, self.device, self.dtype)
             with torch.no_grad():
                 self._in_place = self._works_in_place(pairs[0][0][:1])
-                checks.labels(self._forward(pairs[0][0][:1]), pairs)
-            for x, y in (pairs[0], checks.varied(pairs)):
+                check_labels(self._forward(pairs[0][0][:1]), pairs)
+            for x, y in (pairs[0], varied(pairs)):
                 checks.model_and_loss(model, self._forward, loss_fn, x, y)
             if again is not None:
                 checks.same_samples(every, again, self._mean_loss)
@@ -207,7 +208,7 @@ class CurvatureOperator(ABC):
                 f"the loss of a batch is {loss.item()}; look for overflow in the model's outputs, or class weights"
             )
         with torch.no_grad():
-            checks.is_mean(self._loss_fn, outputs.detach(), y, loss.detach())
+            is_mean(self._loss_fn, outputs.detach(), y, loss.detach())
         return loss
 
     def _mean_loss(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
