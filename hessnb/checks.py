@@ -48,8 +48,7 @@ def check_samples(
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
         told = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(f"the model returns {told} for one sample; it must return logits (N, c), c at least 2")
-    if not bool(torch.isfinite(outputs).all()):
-        raise InputError("the model's outputs are not finite: look for NaN in the weights")
+    finite_outputs(outputs)
     if y is not None:
         check_labels(outputs, pairs)
     if probes:

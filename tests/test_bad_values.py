@@ -28,6 +28,12 @@ def network(*between: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), *between, nn.ReLU(), nn.Linear(5, 3))
 
 
+def overflowing() -> nn.Module:
+    layer = nn.Linear(6, 3)
+    nn.init.constant_(layer.weight, 3e38)
+    return layer
+
+
 class InADict(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -48,6 +54,7 @@ NAMELESS = nn.BatchNorm1d(5, track_running_stats=False)
 @pytest.mark.parametrize(
     ("use", "message"),
     [
+        (lambda: fgsm(overflowing(), X, Y, eps=0.1), "look for overflow"),
         (lambda: input_gradient_norms(network(), X, WRONG), "labels are missing"),
         (lambda: input_curvature(network(), X, WRONG), "labels are missing"),
         (lambda: input_hessian(network(), X, WRONG), "labels are missing"),
