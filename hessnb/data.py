@@ -121,10 +121,8 @@ def load(
     splits = {}
     for split, n in (("train", n_train), ("test", n_test)):
         there = len(arrays[f"{split}_labels"])
-        if n is not None and not 1 <= n <= there:
+        if n is not None and not 1 <= whole_number(f"n_{split}", n, None) <= there:
             raise InputError(f"n_{split} = {n}: {name} has {there:,} {split} images; choose 1 to {there}")
-        if n is not None:
-            whole_number(f"n_{split}", n)
         images = torch.from_numpy(np.ascontiguousarray(arrays[f"{split}_images"][:n])).to(where)
         labels = torch.from_numpy(arrays[f"{split}_labels"][:n].astype(np.int64)).to(where)
         images = images.permute(0, 3, 1, 2).to(torch.float32).div_(255)

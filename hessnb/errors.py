@@ -1,5 +1,6 @@
 """The errors that a user of hessnb is meant to read: each message says what is wrong, where, and what to do."""
 
+import math
 from numbers import Integral, Real
 
 
@@ -27,6 +28,13 @@ def real_number(name: str, value: float) -> float:
     return value
 
 
+def not_negative(name: str, value: float) -> float:
+    """Return a number; raise InputError unless it is finite and not negative."""
+    if not (real_number(name, value) >= 0 and math.isfinite(value)):
+        raise InputError(f"{name} = {value}: it must be 0 or positive, and finite")
+    return value
+
+
 def tolerance(tol: float) -> float:
     """Return a relative tolerance; raise InputError unless it is a number between 0 and 1."""
     if not 0 < real_number("tol", tol) < 1:
@@ -34,8 +42,9 @@ def tolerance(tol: float) -> float:
     return tol
 
 
-def whole_number(name: str, value: int, least: int = 1) -> int:
-    """Return a count; raise InputError unless it is a whole number, not below ``least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} = {value!r}: it must be a whole number, at least {least}")
+def whole_number(name: str, value: int, least: int | None = 1) -> int:
+    """Return a count; raise InputError unless it is a whole number, not below ``least`` if there is such a bound."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or (least is not None and value < least):
+        bound = "" if least is None else f", at least {least}"
+        raise InputError(f"{name} = {value!r}: it must be a whole number{bound}")
     return value

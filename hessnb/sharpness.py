@@ -50,10 +50,12 @@ class Followed:
 def stability_bound(lr: float, momentum: float = 0.0) -> float:
     """Return the curvature beyond which gradient descent with momentum grows along an eigenvector of a quadratic.
 
-    Raises InputError for a learning rate that is not positive.
+    Raises InputError for a learning rate that is not positive, or a momentum outside of [0, 1).
     """
     if not real_number("lr", lr) > 0:
         raise InputError(f"lr = {lr}: it must be positive")
+    if not 0 <= real_number("momentum", momentum) < 1:
+        raise InputError(f"momentum = {momentum}: it must be in [0, 1)")
     return 2 * (1 + momentum) / lr
 
 
@@ -116,7 +118,7 @@ def rescaled(model: nn.Module, first: str, second: str, factor: float) -> nn.Mod
     function; with a power of two as factor to the last bit, as long as nothing overflows or underflows. Raises
     InputError for a module without a weight, a weight that both have, or a factor that is not positive and finite.
     """
-    if not 0 < factor < math.inf:
+    if not 0 < real_number("factor", factor) < math.inf:
         raise InputError(f"factor = {factor}: a ReLU commutes with positive finite factors alone")
     result = copy.deepcopy(model)
     named = dict(result.named_modules())

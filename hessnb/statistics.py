@@ -11,7 +11,7 @@ from itertools import permutations, product
 import numpy as np
 import scipy.stats
 
-from hessnb.errors import InputError, whole_number
+from hessnb.errors import InputError, real_number, whole_number
 
 # The two-sided 95 % quantile of the normal distribution.
 _Z = 1.959963984540054
@@ -31,7 +31,7 @@ class Interval:
 
 def proportion(successes: int, n: int) -> Interval:
     """Return ``successes`` / ``n`` with Wilson's score interval (1927); raise InputError unless 0 <= successes <= n."""
-    if not 0 <= successes <= n or n == 0:
+    if not 0 <= whole_number("successes", successes, None) <= whole_number("n", n, None) or n == 0:
         raise InputError(f"{successes} of {n}: a proportion needs 0 <= successes <= n and n at least 1")
     return _wilson(successes / n, n, _Z)
 
@@ -54,7 +54,7 @@ def difference(first: float, second: float, n: int, *, comparisons: int = 1) -> 
     right on the same ones. With ``comparisons`` it is widened, so that so many of them hold together (Bonferroni).
     Raises InputError for shares outside of [0, 1], and counts below one.
     """
-    if not (0 <= first <= 1 and 0 <= second <= 1):
+    if not (0 <= real_number("first", first) <= 1 and 0 <= real_number("second", second) <= 1):
         raise InputError(f"the shares {first} and {second}: a proportion is between 0 and 1")
     whole_number("n", n)
     whole_number("comparisons", comparisons)

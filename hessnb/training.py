@@ -74,7 +74,12 @@ class Recipe:
             ("decay_every", 1 if self.decay_every is None else self.decay_every, 1),
         ):
             whole_number(name, count, least)
-        for name, number in (("lr", self.lr), ("momentum", self.momentum)):
+        for name, number in (
+            ("lr", self.lr),
+            ("momentum", self.momentum),
+            ("loss_target", 1.0 if self.loss_target is None else self.loss_target),
+            ("decay_factor", 1.0 if self.decay_factor is None else self.decay_factor),
+        ):
             real_number(name, number)
         for name, ok, need in (
             ("lr", 0 < self.lr < math.inf, "positive and finite"),

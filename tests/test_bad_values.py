@@ -12,9 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessnb import landscape, models, robustness, sharpness, training
-from hessnb.attacks import fgsm, l2_gradient, pgd
-from hessnb.curvature import HessianOperator, input_curvature, input_hessian, lanczos
+from hessnb import data, landscape, models, robustness, sharpness, statistics, training
+from hessnb.attacks import damped_newton, fgsm, l2_gradient, l2_hessian, nearest_class, pgd
+from hessnb.curvature import (
+    HessianOperator,
+    SpectralDensity,
+    input_curvature,
+    input_hessian,
+    lanczos,
+    power_iteration,
+)
 from hessnb.curvature.inputs import input_gradient_norms, input_hessian_eigenvalues, input_hessian_solve
 from hessnb.data import Splits
 from hessnb.errors import InputError
@@ -48,7 +55,17 @@ def along(model: nn.Module, direction: Any = None, batches: Any = ((X, Y),)) -> 
     return landscape.along(model, F.cross_entropy, {"a": batches}, direction, [0.0, 1.0])
 
 
+def operator(**settings: Any) -> HessianOperator:
+    return HessianOperator(network(), F.cross_entropy, [(X, Y)], **settings)
+
+
+def recipe(**settings: Any) -> Recipe:
+    return Recipe(10, 0.1, 0.0, 1, 0, **settings)
+
+
 NAMELESS = nn.BatchNorm1d(5, track_running_stats=False)
+TEN: Any = "10"  # the text of a number, as of a command line that was not read
+RULES = SpectralDensity(torch.zeros(1, 1), torch.ones(1, 1), 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +93,36 @@ NAMELESS = nn.BatchNorm1d(5, track_running_stats=False)
         (lambda: input_hessian_solve(network(), X, cast(Any, X.numpy())), "g is a ndarray"),
         (lambda: input_curvature(network(), X, Y, memory=cast(Any, "1GB")), "memory = '1GB'"),
         (lambda: input_curvature(network(), X, Y, memory=-1), "memory = -1"),
-        (lambda: lanczos(HessianOperator(network(), F.cross_entropy, [(X, Y)]), 1, cast(Any, "a")), "tol = 'a'"),
+        (lambda: lanczos(operator(), 1, cast(Any, "a")), "tol = 'a'"),
+        (lambda: lanczos(operator(), 1, max_matvecs=TEN), "max_matvecs = '10'"),
+        (lambda: lanczos(operator(), 1, max_matvecs=cast(Any, 10.5)), "max_matvecs = 10.5"),
+        (lambda: lanczos(operator(), 1, max_basis=TEN), "max_basis = '10'"),
+        (lambda: power_iteration(operator(), 1, max_matvecs=TEN), "max_matvecs = '10'"),
+        (lambda: operator(graph_memory=TEN), "graph_memory = '10'"),
+        (lambda: operator(graph_memory=-1), "graph_memory = -1"),
+        (lambda: RULES.grid(TEN), "size = '10'"),
+        (lambda: RULES.grid(sigma=TEN), "sigma = '10'"),
+        (lambda: RULES.share(0.0, TEN), "high = '10'"),
+        (lambda: l2_hessian(network(), X, Y, eps=0.1, damping=TEN), "damping = '10'"),
+        (lambda: l2_hessian(network(), X, Y, eps=0.1, tol=TEN), "tol = '10'"),
+        (lambda: damped_newton(network(), X, Y, eps=0.1, dampings=(0.0, TEN)), "dampings = '10'"),
+        (lambda: damped_newton(network(), X, Y, eps=0.1, dampings=cast(Any, 0.1)), "dampings = 0.1: give a tuple"),
+        (lambda: nearest_class(network(), X, Y, eps=0.1, damping=TEN), "damping = '10'"),
+        (lambda: input_hessian_solve(network(), X, X, damping=TEN), "damping = '10'"),
+        (lambda: data.load("mnist5k", n_train=TEN), "n_train = '10'"),
+        (lambda: data.load("mnist5k", n_test=TEN), "n_test = '10'"),
         (lambda: Recipe(10, cast(Any, "0.1"), 0.0, 1, 0), "lr = '0.1'"),
+        (lambda: recipe(loss_target=TEN), "loss_target = '10'"),
+        (lambda: recipe(decay_every=1, decay_factor=TEN), "decay_factor = '10'"),
         (lambda: models.build("M1", seed=cast(Any, 1.5)), "seed = 1.5"),
         (lambda: models.build("M1", width=cast(Any, "a")), "width = 'a'"),
         (lambda: sharpness.stability_bound(0), "lr = 0"),
+        (lambda: sharpness.stability_bound(0.1, TEN), "momentum = '10'"),
+        (lambda: sharpness.stability_bound(0.1, 1.0), "momentum = 1.0"),
+        (lambda: sharpness.rescaled(network(), "0", "2", TEN), "factor = '10'"),
+        (lambda: statistics.proportion(cast(Any, 0.5), 2), "successes = 0.5"),
+        (lambda: statistics.proportion(1, TEN), "n = '10'"),
+        (lambda: statistics.difference(0.5, TEN, 10), "second = '10'"),
         (lambda: robustness.predictions(nn.Flatten(0), X), r"logits have \(N, c\)"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import torch
@@ -46,13 +45,6 @@ def inside(bounds: Bounds, x: Tensor) -> None:
             f"the inputs go from {least:g} to {most:g}, outside the bounds {bounds}: scale them, put normalisation "
             "into the network's first layer, or give their bounds (None does not clip)"
         )
-
-
-def not_negative(name: str, value: float) -> float:
-    """Return a number; raise InputError unless it is finite and not negative."""
-    if not (value >= 0 and math.isfinite(value)):
-        raise InputError(f"{name} = {value}: it must be 0 or positive, and finite")
-    return value
 
 
 def among(kind: str, name: str, known: list[str]) -> None:

@@ -8,6 +8,7 @@ of the curvature to heed, and of which sign; `nearest_class` asks the same Jacob
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -17,7 +18,7 @@ from hessnb.attacks import checks
 from hessnb.attacks.ball import Bounds, Norm
 from hessnb.attacks.directions import best_damping, conjugate_gradients, nearest, newton
 from hessnb.attacks.loop import Attack, Direction, Perturbation, Precision, Scale, perturb
-from hessnb.errors import InputError, whole_number
+from hessnb.errors import InputError, not_negative, real_number, whole_number
 
 Solver = Literal["cg", "exact"]
 
@@ -98,7 +99,10 @@ def damped_newton(
     below -1 stands for this nu. All follow from one closed form and cost a forward pass each. For "l2" the radius is
     that of `l2_hessian`, for "linf" that of `fhsm`. For piecewise linear networks; others are an InputError.
     """
-    if not dampings or not all(gamma >= 0 or -math.inf < gamma < -1 for gamma in dampings):
+    if not isinstance(dampings, Sequence):
+        raise InputError(f"dampings = {dampings}: give a tuple of numbers, also for a single one")
+    numbers = [real_number("dampings", gamma) for gamma in dampings]
+    if not numbers or not all(gamma >= 0 or -math.inf < gamma < -1 for gamma in numbers):
         raise InputError(f"dampings = {dampings}: give at least one, each 0, positive, infinite, or below -1")
     return perturb(
         model, x, y, partial(best_damping, dampings=dampings), eps=eps, norm=norm,
@@ -127,7 +131,7 @@ def nearest_class(
     With a finite ``damping``, a multiple of each sample's largest eigenvalue, along (H + damping I)^-1 w, with j the
     nearest in that metric. Radius and errors are those of `damped_newton`.
     """
-    if not damping > 0:
+    if not real_number("damping", damping) > 0:
         raise InputError(f"damping = {damping}: it must be positive; infinity is the Euclidean distance")
     return perturb(
         model, x, y, partial(nearest, norm=norm, damping=damping), eps=eps, norm=norm,
@@ -137,9 +141,9 @@ def nearest_class(
 
 
 def _solved(solver: Solver, cg_steps: int, damping: float, tol: float) -> Direction:
-    checks.not_negative("damping", damping)
+    not_negative("damping", damping)
     checks.among("solver", solver, ["cg", "exact"])
     if solver == "cg":
         steps = whole_number("cg_steps", cg_steps)
-        return partial(conjugate_gradients, steps=steps, damping=damping, tol=checks.not_negative("tol", tol))
+        return partial(conjugate_gradients, steps=steps, damping=damping, tol=not_negative("tol", tol))
     return partial(newton, damping=damping)

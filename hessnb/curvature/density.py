@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from hessnb.curvature.krylov import Krylov, KrylovState, SymmetricOperator, product
-from hessnb.errors import InputError, unknown, whole_number
+from hessnb.errors import InputError, real_number, unknown, whole_number
 from hessnb.pace import Pace
 
 
@@ -65,7 +65,7 @@ class SpectralDensity:
 
         Raises InputError for fewer than two points or a sigma that is not positive.
         """
-        if size < 2:
+        if whole_number("size", size, None) < 2:
             raise InputError(f"size = {size}: a grid needs at least 2 points")
         margin = 5 * self._broadening(sigma)
         low, high = float(self.nodes.min()) - margin, float(self.nodes.max()) + margin
@@ -109,7 +109,7 @@ class SpectralDensity:
         be off by the weights of the nodes next to either end (the inequalities of Chebyshev, Markov and Stieltjes), so
         put the ends into gaps or take more steps. Raises InputError unless low <= high.
         """
-        if not low <= high:
+        if not real_number("low", low) <= real_number("high", high):
             raise InputError(f"the interval [{low}, {high}] is empty: give its lower end first")
         inside = (self.nodes >= low) & (self.nodes <= high)
         return _estimate((self.weights * inside).sum(1), self.n_matvecs)
@@ -117,7 +117,7 @@ class SpectralDensity:
     def _broadening(self, sigma: float | None) -> float:
         if sigma is None:
             return self.sigma
-        if not 0 < sigma < math.inf:
+        if not 0 < real_number("sigma", sigma) < math.inf:
             raise InputError(f"sigma = {sigma}: the broadening must be positive and finite; None chooses one")
         return sigma
 

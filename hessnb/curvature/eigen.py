@@ -102,14 +102,12 @@ def lanczos(
     _check_request(n, k, tol)
     if which not in ("LM", "LA", "SA"):
         raise unknown("which", which, ["LM", "LA", "SA"])
-    limit = 10 * k + 200 if max_matvecs is None else max_matvecs
-    if limit < k:
-        raise InputError(f"max_matvecs = {max_matvecs}: {k} eigenvalues need at least {k} products")
+    limit = _limit(k, max_matvecs, 10 * k + 200)
     check = min(_steps_of_check(n), n - k)
     fewest = min(n, k + max(check, _FEWEST_SPARE_ROWS) + 2)
     if max_basis is None:
         max_basis = max(fewest, available_memory(H.device) // (2 * 8 * n))
-    elif max_basis < fewest:
+    elif whole_number("max_basis", max_basis, None) < fewest:
         raise InputError(f"max_basis = {max_basis}: {k} eigenvalues need a basis of at least {fewest} rows")
     generator = generator or torch.Generator().manual_seed(0)
     krylov = Krylov(H, generator) if state is None else Krylov.resume(H, generator, state)
@@ -276,9 +274,7 @@ def power_iteration(
     _check_request(n, k, tol)
     if criterion not in ("rayleigh", "residual"):
         raise unknown("criterion", criterion, ["rayleigh", "residual"])
-    limit = 1000 * k if max_matvecs is None else max_matvecs
-    if limit < k:
-        raise InputError(f"max_matvecs = {max_matvecs}: {k} eigenvalues need at least {k} products")
+    limit = _limit(k, max_matvecs, 1000 * k)
     generator = generator or torch.Generator().manual_seed(0)
     vectors = torch.zeros(k, n, dtype=torch.float64, device=H.device)
     values, residuals = torch.zeros(2, k, dtype=torch.float64)
@@ -318,3 +314,11 @@ def _check_request(n: int, k: int, tol: float) -> None:
     if not whole_number("k", k) <= n:
         raise InputError(f"k = {k}: an operator of shape {(n, n)} has 1 to {n} eigenvalues")
     tolerance(tol)
+
+
+def _limit(k: int, max_matvecs: int | None, default: int) -> int:
+    """Return how many products a solve may make; raise InputError for fewer than one for each eigenvalue."""
+    limit = default if max_matvecs is None else whole_number("max_matvecs", max_matvecs, None)
+    if limit < k:
+        raise InputError(f"max_matvecs = {max_matvecs}: {k} eigenvalues need at least {k} products")
+    return limit

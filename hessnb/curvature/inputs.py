@@ -6,7 +6,6 @@ Piecewise linear networks have them in closed form, for others they are iterated
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
@@ -21,7 +20,7 @@ from hessnb.curvature.closed_form import closed_forms, piecewise_linear, require
 from hessnb.curvature.evaluation import cross_entropy_in_differences, differentiable, in_chunks
 from hessnb.curvature.input_lanczos import eigenvalues_by_lanczos, solve_by_lanczos
 from hessnb.curvature.memory import at_a_time
-from hessnb.errors import InputError, real_number, tolerance, unknown
+from hessnb.errors import InputError, not_negative, tolerance, unknown
 from hessnb.models import evaluation
 
 Method = Literal["auto", "closed_form", "lanczos"]
@@ -157,8 +156,7 @@ def input_hessian_solve(
         raise InputError(f"g is a {type(g).__name__}: give a tensor like x")
     if g.shape != x.shape or not bool(torch.isfinite(g).all()):
         raise InputError(f"g of shape {tuple(g.shape)} must be finite and have the shape of x, {tuple(x.shape)}")
-    if not (real_number("damping", damping) >= 0 and math.isfinite(damping)):
-        raise InputError(f"damping = {damping}: it must be 0 or positive, and finite")
+    not_negative("damping", damping)
     g, memory = g.detach(), at_a_time(memory, x.device)
     if _chosen(model, x, method) == "lanczos":
         return solve_by_lanczos(model, x, y, g, damping, tol, memory)

@@ -22,7 +22,7 @@ from hessnb.checks import check_data, check_labels, is_mean, varied
 from hessnb.curvature import checks
 from hessnb.curvature.cheap_layers import cheap_layers, suits
 from hessnb.curvature.memory import available_memory, held_bytes
-from hessnb.errors import InputError
+from hessnb.errors import InputError, whole_number
 from hessnb.models import cuda_devices, eval_mode
 from hessnb.precision import full_precision
 
@@ -59,6 +59,8 @@ class CurvatureOperator(ABC):
         samples: Tensor | Sequence[int] | None = None,
         graph_memory: int | None = None,
     ) -> None:
+        if graph_memory is not None:
+            whole_number("graph_memory", graph_memory, 0)
         self._model, self._loss_fn = model, loss_fn
         chosen = checks.chosen_parameters(model, parameters)
         self.names = tuple(chosen)
@@ -280,8 +282,9 @@ class HessianOperator(CurvatureOperator):
     Raises InputError, naming cause and remedy, for an empty data set, NaN in data or weights, labels out of range,
     mixed devices or dtypes, parameters that are frozen or unused, a loss that is not a batch mean, batches that change
     from one pass to the next, a model or loss that is random, or samples that depend on each other through batch
-    statistics, or a second derivative that is not symmetric. A product raises it when weights or data were changed
-    after the operator was made, in a way that PyTorch counts: not through ``.data`` or NumPy.
+    statistics, a second derivative that is not symmetric, or a ``graph_memory`` that is no number of bytes. A product
+    raises it when weights or data were changed after the operator was made, in a way that PyTorch counts: not through
+    ``.data`` or NumPy.
     """
 
     def _check_derivatives(self) -> None:
