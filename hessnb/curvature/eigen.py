@@ -94,9 +94,9 @@ def lanczos(
     state every ``save_seconds``, or as often as takes a twentieth of the time; given as ``state`` to a later call with
     the same arguments, it goes on from there and ends as if never interrupted.
 
-    Raises InputError for a k outside 1..n, a tolerance that is not positive, an unknown ``which``, a basis too small,
-    a state of another operator, or a product that is not finite. Source: section 3.1 of the paper asks for the top 20
-    at relative error 1e-4.
+    Raises InputError for a k outside 1..n, a tolerance that is not between 0 and 1, an unknown ``which``, a
+    ``max_matvecs`` below k, a basis too small, a state of another operator, or a product that is not finite. Source:
+    section 3.1 of the paper asks for the top 20 at relative error 1e-4.
     """
     n = H.shape[0]
     _check_request(n, k, tol)
@@ -111,8 +111,7 @@ def lanczos(
         raise InputError(f"max_basis = {max_basis}: {k} eigenvalues need a basis of at least {fewest} rows")
     generator = generator or torch.Generator().manual_seed(0)
     krylov = Krylov(H, generator) if state is None else Krylov.resume(H, generator, state)
-    # What rounding leaves of an eigenvalue that is zero, relative to the largest.
-    noise = max(10 * torch.finfo(getattr(H, "dtype", torch.float64)).eps, 1e-13)
+    noise = _noise(H)
     if max_basis >= n:
         max_basis = 2 * n + 2  # never full
     report = _reporter(progress, tol, check, limit)
@@ -132,25 +131,21 @@ def lanczos(
             krylov.compress(max(1, (len(krylov.columns) - krylov.chain) // 2), which, first=krylov.chain)
         theta, coordinates, defects = krylov.ritz(which)
         norms, last = torch.linalg.vector_norm(defects, dim=0), float(theta[:k][-1])
-        scale = float(krylov.projection.abs().max())
-        residuals = norms[:k] / theta[:k].abs().clamp_min(noise * scale or 1.0)
-        wrong = (residuals > tol) & (norms[:k] + theta[:k].abs() > noise * scale)
+        floor = noise * float(krylov.projection.abs().max())
+        allowed = tol * abs(last) + floor
+        residuals = norms[:k] / theta[:k].abs().clamp_min(floor or 1.0)
+        wrong = (residuals > tol) & (norms[:k] + theta[:k].abs() > floor)
         if len(theta) >= k:
             report(krylov.n_matvecs, residuals, ~wrong)
         if not krylov.chain:  # a pair after the k-th may still grow beyond it
             reach = _beyond(theta[k:], last, which) + norms[k:]
-            wrong = torch.cat([wrong, reach > tol * abs(last) + noise * scale])
+            wrong = torch.cat([wrong, reach > allowed])
         complete = len(theta) >= k and not bool(wrong.any())
         whole = len(krylov.columns) == n
-        explored = whole or _nothing_missed(krylov, last, tol * abs(last) + noise * scale, which, exhausted=not grew)
+        explored = whole or _nothing_missed(krylov, last, allowed, which, exhausted=not grew)
         if (complete and explored) or whole or krylov.n_matvecs >= limit:
             break
-        if (
-            complete
-            and krylov.chain
-            and grew
-            and not _holds_one_beyond(krylov, last, tol * abs(last) + noise * scale, which)
-        ):
+        if complete and krylov.chain and grew and not _holds_one_beyond(krylov, last, allowed, which):
             krylov.following = krylov.pending[-1]
         elif complete:
             if len(krylov.basis) + check + 2 > max_basis:
@@ -267,8 +262,8 @@ def power_iteration(
     and show the error of deflation too: they contain the components along the vectors found before. ``max_matvecs``
     bounds the products of all k together (default: 1,000 k); what is not there then has not converged.
 
-    Raises InputError for a k outside 1..n, a tolerance that is not positive, an unknown criterion, or a product that
-    is not finite.
+    Raises InputError for a k outside 1..n, a tolerance that is not between 0 and 1, an unknown criterion, a
+    ``max_matvecs`` below k, or a product that is not finite.
     """
     n = H.shape[0]
     _check_request(n, k, tol)
@@ -279,7 +274,7 @@ def power_iteration(
     vectors = torch.zeros(k, n, dtype=torch.float64, device=H.device)
     values, residuals = torch.zeros(2, k, dtype=torch.float64)
     n_matvecs, converged = 0, True
-    noise = max(10 * torch.finfo(getattr(H, "dtype", torch.float64)).eps, 1e-13)
+    noise = _noise(H)
     for i in range(k):
         v = torch.randn(n, dtype=torch.float64, generator=generator).to(H.device)
         v = _deflate(v, vectors[:i])
@@ -322,3 +317,8 @@ def _limit(k: int, max_matvecs: int | None, default: int) -> int:
     if limit < k:
         raise InputError(f"max_matvecs = {max_matvecs}: {k} eigenvalues need at least {k} products")
     return limit
+
+
+def _noise(H: SymmetricOperator) -> float:
+    """Return what rounding leaves of an eigenvalue that is zero, relative to the largest."""
+    return max(10 * torch.finfo(getattr(H, "dtype", torch.float64)).eps, 1e-13)
