@@ -9,8 +9,8 @@ Products are taken in the model's precision and summed over minibatches in float
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,7 @@ from hessnb.curvature import checks
 from hessnb.curvature.cheap_layers import cheap_layers, suits
 from hessnb.curvature.memory import available_memory, held_bytes
 from hessnb.errors import InputError, whole_number
-from hessnb.models import cuda_devices, eval_mode
-from hessnb.precision import full_precision
+from hessnb.models import evaluation
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -73,7 +72,7 @@ class CurvatureOperator(ABC):
         self._in_place = False
 
         # Reading the data and trying out the model may draw random numbers; nobody else shall notice.
-        with self._evaluation(), torch.random.fork_rng(cuda_devices(model)):
+        with evaluation(model):
             every, again = checks.read_twice(batches)
             pairs = every if samples is None else _select(every, samples)
             self.n_samples = sum(len(x) for x, _ in pairs)
@@ -136,7 +135,7 @@ class CurvatureOperator(ABC):
     def _products(self, block: Tensor) -> Tensor:
         """Return the products with the columns of (n, k) in float64."""
         checks.unchanged(self._model, self._noted)
-        with self._evaluation():
+        with evaluation(self._model):
             # Scaled by powers of two, which is exact, since float32 does not hold what float64 does.
             block = block.detach().to(self.device, torch.float64)
             scale = torch.exp2(torch.frexp(block.abs().amax(0)).exponent.double())
@@ -164,11 +163,6 @@ class CurvatureOperator(ABC):
     @abstractmethod
     def _check_derivatives(self) -> None:
         """Raise InputError for a model whose derivatives are not what the products rest on."""
-
-    @contextmanager
-    def _evaluation(self) -> Iterator[None]:
-        with eval_mode(self._model), full_precision(), torch.inference_mode(False), torch.enable_grad():
-            yield
 
     def _layers(self, *, fixed: bool = False) -> AbstractContextManager[object]:
         return cheap_layers(fixed=fixed) if self._cheap else nullcontext()
@@ -254,7 +248,7 @@ class CurvatureOperator(ABC):
     @property
     def graph_bytes(self) -> int:
         """How many bytes the graph of the first minibatch holds on to, beside the parameters and the data."""
-        with self._evaluation():
+        with evaluation(self._model):
             return self._graph_bytes(self._batches[0])
 
     def _graph_bytes(self, batch: _Batch) -> int:
@@ -325,24 +319,20 @@ class GGNOperator(CurvatureOperator):
             curved = torch.zeros_like(s)
             if slope.requires_grad:  # else the loss is linear in the outputs
                 (curved,) = torch.autograd.grad(slope, s, pushed, retain_graph=again, materialize_grads=True)
-            return torch.autograd.grad(
-                outputs, parameters, curved, retain_graph=again, allow_unused=True, materialize_grads=True
-            )
+            return torch.autograd.grad(outputs, parameters, curved, retain_graph=again, materialize_grads=True)
 
         return product
 
 
 def _second_derivative(value: Tensor, parameters: list[nn.Parameter]) -> Linearisation:
     """Return the map from a vector to its product with the second derivative of a scalar by the parameters."""
-    gradient = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+    gradient = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
     # Where the value is linear in a parameter its gradient has no graph; as a leaf it differentiates to zero.
     gradient = tuple(part if part.requires_grad else part.requires_grad_() for part in gradient)
 
     def product(v: list[Tensor], again: bool) -> Sequence[Tensor]:
         # H is symmetric, so the vector-Jacobian product of the gradient is the product H v.
-        return torch.autograd.grad(
-            gradient, parameters, v, retain_graph=again, allow_unused=True, materialize_grads=True
-        )
+        return torch.autograd.grad(gradient, parameters, v, retain_graph=again, materialize_grads=True)
 
     return product
 
