@@ -1,9 +1,10 @@
-"""What makes a network, or a loss, what it is: its layers, their settings and its tensors, as parts of a digest."""
+"""What makes a network, or a loss, what it is: its layers, their settings and its tensors, and the digest of these."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -36,13 +37,24 @@ def architecture(model: nn.Module) -> list[object]:
     """Return what a network is beside its parameters and buffers: its layers and the settings that they hold.
 
     Settings are the numbers, texts, tensors and functions (by their names) among a layer's attributes, also in lists,
-    tuples and dictionaries. What `hessnb.points.digest` makes of it is alike for networks that are alike.
+    tuples and dictionaries. What `digest` makes of it is alike for networks that are alike.
     """
     found: list[object] = [repr(model)]
     for place, module in model.named_modules():
         own = {name: value for name, value in sorted(vars(module).items()) if name not in _EVERY_LAYERS}
         found += _settings(place, own)
     return found
+
+
+def digest(parts: Iterable[object]) -> str:
+    """Return the SHA-256 of the parts in their order: tensors by dtype, shape and bits, all else by its repr."""
+    digest = hashlib.sha256()
+    for part in parts:
+        label = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else repr(part)
+        digest.update(f"{len(label)} {label}".encode())
+        if isinstance(part, Tensor):
+            digest.update(part.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _settings(place: str, value: object) -> list[object]:

@@ -31,9 +31,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessnb.checks import each_batch, independent_samples, is_mean, loss_of, varied
 from hessnb.errors import InputError, unknown
-from hessnb.identity import of_loss, of_network, tensors
+from hessnb.identity import digest, of_loss, of_network, tensors
 from hessnb.models import cuda_devices, inference
-from hessnb.points import Point, PointFile, Values, digest
+from hessnb.points import Point, PointFile, Values
 from hessnb.precision import full_precision
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from hessnb.errors import InputError
 
@@ -101,14 +97,3 @@ def check(path: Path) -> None:
     """Raise InputError for a file of points in which a whole line is damaged."""
     for _ in _records(path, path.read_bytes()):
         pass
-
-
-def digest(parts: Iterable[object]) -> str:
-    """Return the SHA-256 of the parts in their order: tensors by dtype, shape and bits, all else by its repr."""
-    digest = hashlib.sha256()
-    for part in parts:
-        label = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else repr(part)
-        digest.update(f"{len(label)} {label}".encode())
-        if isinstance(part, Tensor):
-            digest.update(part.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -20,8 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError
-from hessnb.identity import architecture
-from hessnb.points import digest
+from hessnb.identity import architecture, digest
 from hessnb.steps import Step, Steps, minibatch_step, momentum_of, time_when_done
 from hessnb.training import (
     Recipe,
