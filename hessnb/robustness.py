@@ -17,9 +17,7 @@ from hessnb.checks import check_samples, finite_outputs
 from hessnb.errors import InputError
 from hessnb.models import inference
 from hessnb.statistics import Interval, proportion
-
-# Called with network, samples and labels; returns the perturbed samples.
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+from hessnb.steps import Perturb
 
 _BATCH = 1000
 # By how much rounding may carry a sample out of its ball.
@@ -57,7 +55,7 @@ def agreement(first: Tensor, second: Tensor) -> Interval:
 
 
 def accuracy_under(
-    model: nn.Module, attack: Attack, x: Tensor, y: Tensor, *, source: nn.Module | None = None
+    model: nn.Module, attack: Perturb, x: Tensor, y: Tensor, *, source: nn.Module | None = None
 ) -> Interval:
     """Return the accuracy on samples that are attacked on the network itself, or on ``source`` (transfer)."""
     return accuracy(model, attack(source or model, x, y), y)

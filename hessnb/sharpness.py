@@ -22,12 +22,12 @@ from hessnb.curvature import HessianOperator, lanczos
 from hessnb.data import Splits
 from hessnb.errors import InputError, real_number
 from hessnb.pace import Pace
-from hessnb.steps import Perturbation
+from hessnb.steps import Perturb
 from hessnb.training import Recipe, State, evaluate, train
 
 
 @dataclass(frozen=True)
-class Point:
+class SharpnessAt:
     """One place of a training: after which epoch, the training loss, the largest eigenvalue of its Hessian, how exact.
 
     The residual is relative to the eigenvalue.
@@ -44,7 +44,7 @@ class Followed:
     """What is there of a training that is followed: its ``state`` after some epoch, and the ``points`` up to there."""
 
     state: State
-    points: list[Point]
+    points: list[SharpnessAt]
 
 
 def stability_bound(lr: float, momentum: float = 0.0) -> float:
@@ -68,12 +68,12 @@ def sharpness_along(
     tol: float = 1e-2,
     samples: Tensor | None = None,
     batch_size: int = 250,
-    perturbation: Perturbation | None = None,
+    perturbation: Perturb | None = None,
     progress: Callable[[int], None] = lambda epoch: None,
     followed: Followed | None = None,
     save: Callable[[Followed], None] | None = None,
     save_seconds: float = 60.0,
-) -> list[Point]:
+) -> list[SharpnessAt]:
     """Train ``model`` in place and return the largest Hessian eigenvalue after each of ``epochs``, 0 being the start.
 
     The eigenvalue is that of the mean loss over the training set, or over its ``samples``, indices (m,), to a relative
@@ -94,7 +94,7 @@ def sharpness_along(
     def look(epoch: int, loss: float) -> None:
         operator = HessianOperator(model, F.cross_entropy, batches, samples=samples)
         found = lanczos(operator, 1, tol, which="LA")
-        points.append(Point(epoch, loss, float(found.eigenvalues[0]), float(found.residuals[0])))
+        points.append(SharpnessAt(epoch, loss, float(found.eigenvalues[0]), float(found.residuals[0])))
 
     def after_epoch(state: State) -> None:
         if state.epoch in epochs:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from hessnb.data import Split
 from hessnb.precision import tf32
 
-# Called with the network, the inputs (N, C, H, W) and labels (N,) of a minibatch; returns the inputs to train on.
-Perturbation = Callable[[nn.Module, Tensor, Tensor], Tensor]
+# Called with a network, inputs (N, ...) and labels (N,); returns the inputs perturbed, as an attack does.
+Perturb = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 # Takes an optimiser step on the samples of these indices.
 Step = Callable[[Tensor], None]
@@ -30,7 +30,7 @@ _WARM_UP = 3
 
 
 def minibatch_step(
-    model: nn.Module, data: Split, optimizer: torch.optim.Optimizer, perturbation: Perturbation | None = None
+    model: nn.Module, data: Split, optimizer: torch.optim.Optimizer, perturbation: Perturb | None = None
 ) -> Step:
     """Return the step of a network on the mean cross-entropy of a minibatch, perturbed first if so wished."""
 

@@ -27,8 +27,8 @@ from hessnb.training import (
     State,
     TrainingFailed,
     after_epoch,
-    check,
     check_batch_size,
+    check_progress,
     check_trainable,
     epoch_order,
     is_finished,
@@ -99,7 +99,7 @@ def _until_one_ends(
             state = after_epoch(models[i], data, under_way[i], recipe.lr, stacked.momentum(place), begun)
             under_way[i] = state
             try:
-                check(state, data.train)
+                check_progress(state, data.train)
             except TrainingFailed as failed:
                 ended[i] = failed
             else:

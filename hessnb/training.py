@@ -24,7 +24,7 @@ from hessnb.checks import check_samples
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError, RunFailed, real_number, whole_number
 from hessnb.models import cuda_devices, inference
-from hessnb.steps import Perturbation, Steps, minibatch_step, momentum_of
+from hessnb.steps import Perturb, Steps, minibatch_step, momentum_of
 
 __all__ = [
     "PATIENCE",
@@ -166,7 +166,7 @@ def train(
     data: Splits,
     recipe: Recipe,
     *,
-    perturbation: Perturbation | None = None,
+    perturbation: Perturb | None = None,
     state: State | None = None,
     on_epoch: Callable[[State], None] | None = None,
 ) -> State:
@@ -208,7 +208,7 @@ def train(
                 raise
         momentum = [momentum_of(optimizer, p) for p in model.parameters()] if recipe.momentum else []
         state = after_epoch(model, data, state, lr, momentum, started)
-        check(state, train_set)
+        check_progress(state, train_set)
         if on_epoch:
             on_epoch(state)
     return state
@@ -249,7 +249,7 @@ def after_epoch(
     return State(state.epoch + 1, model.state_dict(), momentum, [*state.history, line])
 
 
-def check(state: State, train_set: Split) -> None:
+def check_progress(state: State, train_set: Split) -> None:
     """Raise Diverged or Collapsed when the last epochs of a training show that it will not end well."""
     losses = [epoch.train_loss for epoch in state.history]
     if not math.isfinite(losses[-1]):

@@ -280,12 +280,12 @@ def test_a_perturbation_that_refuses_a_sound_network_is_heard(data: Splits) -> N
 def test_a_network_that_has_lost_what_it_had_learned_is_given_up() -> None:
     ten = Split(torch.zeros(50, 1, 1, 1), torch.arange(10).repeat(5))
     assert constant_loss(ten.labels) == pytest.approx(math.log(10), rel=1e-12)
-    training.check(losses(*[2.31] * 100), ten)  # it may begin yet
-    training.check(losses(2.3, 0.5, *[2.31] * (PATIENCE - 1)), ten)
-    training.check(losses(2.3, 0.5, *[2.31] * (PATIENCE - 1), 2.2), ten)
-    training.check(losses(2.3, 2.2, *[2.31] * PATIENCE), ten)  # it has hardly begun
+    training.check_progress(losses(*[2.31] * 100), ten)  # it may begin yet
+    training.check_progress(losses(2.3, 0.5, *[2.31] * (PATIENCE - 1)), ten)
+    training.check_progress(losses(2.3, 0.5, *[2.31] * (PATIENCE - 1), 2.2), ten)
+    training.check_progress(losses(2.3, 2.2, *[2.31] * PATIENCE), ten)  # it has hardly begun
     with pytest.raises(Collapsed, match="training collapsed: loss 2.31 after epoch 22 at learning rate 0.1; lower it"):
-        training.check(losses(2.3, 0.5, *[2.31] * PATIENCE), ten)
+        training.check_progress(losses(2.3, 0.5, *[2.31] * PATIENCE), ten)
 
 
 def test_the_constant_answer_knows_the_shares_of_the_classes() -> None:

@@ -1,8 +1,8 @@
 """The directions in which the attacks step: the gradient, and the gradient preconditioned by the input Hessian.
 
 Gradients are taken of p - e_y scaled to length one, with p_y - 1 as minus the sum of the others: neither cancels nor
-underflows for a confident sample; a `Point` that is plain leaves the gradient as rounding makes it. Directions have no
-length, so their scale is of no account.
+underflows for a confident sample; a `Position` that is plain leaves the gradient as rounding makes it. Directions have
+no length, so their scale is of no account.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hessnb.attacks.ball import Norm, normalised
-from hessnb.attacks.loop import Point, Step, wrongness
+from hessnb.attacks.loop import Position, Step, wrongness
 from hessnb.curvature.closed_form import ClosedForm, closed_form
 from hessnb.curvature.evaluation import differentiable
 from hessnb.curvature.input_lanczos import input_products
 
-EPS = torch.finfo(torch.float64).eps
+_EPS = torch.finfo(torch.float64).eps
 
 
-def gradient(point: Point) -> Step:
+def gradient(position: Position) -> Step:
     """The gradient g of the loss (Goodfellow et al., 2015; the paper's equation 2.2)."""
-    g = _gradient(point, *differentiable(point.forward, point.x))
+    g = _gradient(position, *differentiable(position.forward, position.x))
     return Step(along=g, gradient=g)
 
 
-def conjugate_gradients(point: Point, *, steps: int, damping: float, tol: float) -> Step:
+def conjugate_gradients(position: Position, *, steps: int, damping: float, tol: float) -> Step:
     """(H + damping I)^-1 g by at most ``steps`` steps of conjugate gradients from zero, all samples side by side.
 
     A sample stops at a residual of ``tol`` |g|, the forcing term of an inexact Newton method (Dembo et al., 1982), or
     of rounding, since H is singular and noise would be solved for; and where the curvature along the next search
     direction is negative or rounding: with what it has, at the first step the gradient (as Steihaug, 1983).
     """
-    leaf, logits = differentiable(point.forward, point.x)
-    g = _gradient(point, leaf, logits, retain_graph=True)
-    product = input_products(leaf, logits, point.y)
+    leaf, logits = differentiable(position.forward, position.x)
+    g = _gradient(position, leaf, logits, retain_graph=True)
+    product = input_products(leaf, logits, position.y)
     r = p = normalised(g.double())
     s = torch.zeros_like(r)
     left = _dot(r, r)
     active, used = left > 0, torch.zeros_like(left, dtype=torch.int64)
     largest = torch.zeros_like(left)
-    rounding = g.shape[1] * EPS
+    rounding = g.shape[1] * _EPS
     for _ in range(steps):
         hp = product(p) + damping * p
         # Rayleigh's quotient, by the unit direction: an underflow would pass for no curvature.
@@ -65,21 +65,21 @@ def conjugate_gradients(point: Point, *, steps: int, damping: float, tol: float)
     return Step(along=s.to(g.dtype), gradient=g, cg_steps=used, residual=left.sqrt())
 
 
-def newton(point: Point, *, damping: float) -> Step:
+def newton(position: Position, *, damping: float) -> Step:
     """(H + damping I)^-1 g in closed form; for damping 0, H^+ g. For piecewise linear networks."""
-    form, slope, _ = _factorised(point)
+    form, slope, _ = _factorised(position)
     w = _of_rows(form, slope)
     g = form.combined(w)
-    solved = _pseudo_inverse(form, w, point.y) if damping == 0 else form.damped_inverse(g.double(), damping)
+    solved = _pseudo_inverse(form, w, position.y) if damping == 0 else form.damped_inverse(g.double(), damping)
     return Step(along=solved.to(g.dtype), gradient=g)
 
 
-def best_damping(point: Point, *, dampings: tuple[float, ...]) -> Step:
+def best_damping(position: Position, *, dampings: tuple[float, ...]) -> Step:
     """Of (H + gamma I)^-1 g, with gamma these multiples of each sample's largest eigenvalue, that of largest loss.
 
     Below -1 it is -(H + gamma I)^-1 g, which ascends too.
     """
-    form, slope, _ = _factorised(point)
+    form, slope, _ = _factorised(position)
     w = _of_rows(form, slope)
     g = form.combined(w)
     largest = torch.linalg.eigvalsh(form.small)[:, -1]
@@ -88,33 +88,33 @@ def best_damping(point: Point, *, dampings: tuple[float, ...]) -> Step:
         along = g
         if math.isfinite(multiple):
             gamma = torch.where(largest > 0, multiple * largest, 1.0)
-            along = form.damped_inverse(g.double(), gamma) if multiple else _pseudo_inverse(form, w, point.y)
+            along = form.damped_inverse(g.double(), gamma) if multiple else _pseudo_inverse(form, w, position.y)
             # Where nothing is curved, the gradient is all that there is.
             along = torch.where((largest > 0)[:, None], math.copysign(1.0, multiple) * along.to(g.dtype), g)
             along = torch.where(torch.isfinite(along).all(1, keepdim=True), along, g)
         with torch.no_grad():
-            loss = wrongness(point.forward(point.move(along)), point.y)
+            loss = wrongness(position.forward(position.move(along)), position.y)
         better = loss > most
         found, most = torch.where(better[:, None], along, found), torch.where(better, loss, most)
     return Step(along=found, gradient=g)
 
 
-def nearest(point: Point, *, norm: Norm, damping: float) -> Step:
+def nearest(position: Position, *, norm: Norm, damping: float) -> Step:
     """Towards the class whose boundary is the nearest if the logits were linear, as a distance or by H + gamma I.
 
     The way to class j is w_j = grad s_j - grad s_y, its boundary lies (s_y - s_j) / |w_j| away, in the dual norm
     (Moosavi-Dezfooli et al., 2016). With a finite ``damping``, gamma is this multiple of each sample's largest
     eigenvalue, the way (H + gamma I)^-1 w_j, and the distance that of the metric H + gamma I.
     """
-    form, slope, logits = _factorised(point)
+    form, slope, logits = _factorised(position)
     g = form.combined(_of_rows(form, slope))
     n, c = logits.shape
     s = logits.double()
     largest = torch.linalg.eigvalsh(form.small)[:, -1]
     found, least = g, torch.full((n,), math.inf, dtype=torch.float64, device=g.device)
     for shift in range(1, c):
-        j = (point.y + shift) % c
-        choice = torch.zeros_like(s).scatter_(1, j[:, None], 1.0).scatter_(1, point.y[:, None], -1.0)
+        j = (position.y + shift) % c
+        choice = torch.zeros_like(s).scatter_(1, j[:, None], 1.0).scatter_(1, position.y[:, None], -1.0)
         w = form.combined(_of_rows(form, choice))
         along = w
         if math.isfinite(damping):
@@ -122,15 +122,15 @@ def nearest(point: Point, *, norm: Norm, damping: float) -> Step:
             size = (w * along).sum(1).clamp_min(0).sqrt()
         else:
             size = torch.linalg.vector_norm(w, ord=1 if norm == "linf" else 2, dim=1)
-        distance = (s.gather(1, point.y[:, None]) - s.gather(1, j[:, None]))[:, 0] / size.double()
+        distance = (s.gather(1, position.y[:, None]) - s.gather(1, j[:, None]))[:, 0] / size.double()
         nearer = (size > 0) & (distance < least)
         found, least = torch.where(nearer[:, None], along, found), torch.where(nearer, distance, least)
     return Step(along=found, gradient=g)
 
 
-def _gradient(point: Point, leaf: Tensor, logits: Tensor, *, retain_graph: bool = False) -> Tensor:
+def _gradient(position: Position, leaf: Tensor, logits: Tensor, *, retain_graph: bool = False) -> Tensor:
     """Return the gradient (n, d) of the loss by the samples, of any length, from the graph of their logits (n, c)."""
-    slope = (_plain_slope if point.plain else _slope)(logits, point.y).to(logits.dtype)
+    slope = (_plain_slope if position.plain else _slope)(logits, position.y).to(logits.dtype)
     (g,) = torch.autograd.grad(logits, leaf, slope, retain_graph=retain_graph, materialize_grads=True)
     return g.flatten(1)
 
@@ -149,9 +149,9 @@ def _plain_slope(logits: Tensor, y: Tensor) -> Tensor:
     return slope
 
 
-def _factorised(point: Point) -> tuple[ClosedForm, Tensor, Tensor]:
-    leaf, logits = differentiable(point.forward, point.x)
-    return closed_form(leaf, logits), _slope(logits, point.y), logits.detach()
+def _factorised(position: Position) -> tuple[ClosedForm, Tensor, Tensor]:
+    leaf, logits = differentiable(position.forward, position.x)
+    return closed_form(leaf, logits), _slope(logits, position.y), logits.detach()
 
 
 def _of_rows(form: ClosedForm, weights: Tensor) -> Tensor:

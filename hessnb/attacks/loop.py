@@ -1,6 +1,6 @@
 """The loop that all attacks share: find a direction, step, project on the eps-ball, clip. They differ in the direction.
 
-What a direction is found from is a `Point`: the network, where its samples stand, and where a step would end.
+What a direction is found from is a `Position`: the network, where its samples stand, and where a step would end.
 Reference: J. Rauber, W. Brendel, M. Bethge, Foolbox (2017), whose gradient attacks are one loop in the same way.
 """
 
@@ -63,7 +63,7 @@ class Attack(Generic[P]):
 
 
 @dataclass(frozen=True)
-class Point:
+class Position:
     """Samples ``x`` (n, ...) with labels ``y`` (n,) on their way, the network ``forward`` in their precision, and
     ``move``, which tells where a step along directions (n, d) ends, projected and clipped. ``plain``: the gradient is
     taken of the loss as it stands, with its rounding.
@@ -86,7 +86,7 @@ class Step:
     residual: Tensor | None = None
 
 
-Direction = Callable[[Point], Step]
+Direction = Callable[[Position], Step]
 
 
 def perturb(
@@ -174,7 +174,7 @@ def _walk(
     zeros = given.new_zeros(len(given), dtype=torch.float64)
     zero_gradients = zeros.long()
     for _ in range(steps):
-        step = direction(Point(forward, x, y, partial(ball.step, x, length=length), plain))
+        step = direction(Position(forward, x, y, partial(ball.step, x, length=length), plain))
         gradient, along = step.gradient, step.along
         finite_gradients(gradient)
         some = gradient.any(1)

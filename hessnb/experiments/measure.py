@@ -43,7 +43,7 @@ from hessnb.experiments.spec import (
 )
 from hessnb.experiments.store import Store, state_from_tensors, state_to_tensors
 from hessnb.landscape import along, between, on_plane
-from hessnb.sharpness import Followed, Point, sharpness_along
+from hessnb.sharpness import Followed, SharpnessAt, sharpness_along
 from hessnb.training import Epoch
 
 # Samples per minibatch of a Hessian-vector product: on a CPU the fastest of 100 to 2,500 for M1; a GPU wants more, the
@@ -238,7 +238,7 @@ def _followed_to_tensors(followed: Followed) -> dict[str, Tensor]:
 
 def _followed_from_tensors(tensors: dict[str, Tensor]) -> Followed:
     history = [Epoch(int(epoch), *numbers) for epoch, *numbers in tensors["history"].tolist()]
-    points = [Point(int(epoch), *numbers) for epoch, *numbers in tensors["points"].tolist()]
+    points = [SharpnessAt(int(epoch), *numbers) for epoch, *numbers in tensors["points"].tolist()]
     return Followed(state_from_tensors(tensors, history), points)
 
 

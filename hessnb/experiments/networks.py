@@ -13,7 +13,7 @@ from hessnb.attacks import ATTACKS, BEYOND, autoattack
 from hessnb.errors import InputError
 from hessnb.experiments.spec import AUTOATTACK, AttackSpec, DataSpec, RunSpec, SplitName
 from hessnb.experiments.store import Store
-from hessnb.steps import Perturbation
+from hessnb.steps import Perturb
 
 # The fields of an `AttackSpec` that are arguments of the attack where they are given.
 _SETTINGS = ("cg_steps", "solver", "scale", "precision", "restarts")
@@ -60,7 +60,7 @@ def trained_model(store: Store, spec: RunSpec, device: torch.device | str = "cpu
     return model.to(device).eval()
 
 
-def attack_function(attack: AttackSpec) -> Perturbation:
+def attack_function(attack: AttackSpec) -> Perturb:
     """Return the attack of a specification with its settings: a function of network, inputs and labels."""
     if attack.method == AUTOATTACK:  # which always clips to the pixels' range
         return partial(autoattack, eps=attack.eps)
