@@ -179,7 +179,10 @@ def fetch(name: str, root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def where(name: str, root: str | os.PathLike[str] | None = None) -> str | None:
-    """Say in a few words where a set would be read from, or None when it is not there."""
+    """Say in a few words where a set would be read from, or None when it is not there.
+
+    Raises InputError for an unknown name.
+    """
     folder = data_root(root)
     if name in PACKAGED:
         return "inside the installed packages"

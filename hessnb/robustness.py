@@ -76,7 +76,8 @@ def transfer(models: Mapping[str, nn.Module], sets: Mapping[str, Tensor], y: Ten
 def worst_case(model: nn.Module, attacked: Sequence[Tensor], y: Tensor) -> Interval:
     """Return the share of samples that are right under each one of several attacks: the per-sample worst case.
 
-    Raises InputError for no attack at all, and where `accuracy` does.
+    ``attacked`` are the samples (N, ...) as each attack has perturbed them, ``y`` (N,) their labels. Raises InputError
+    for no attack at all, and where `accuracy` does.
     """
     if not attacked:
         raise InputError("there are no attacked samples: give those of at least one attack")
@@ -107,10 +108,14 @@ def checklist(
 ) -> list[Check]:
     """Return the checks of Carlini et al. (2019) for a network and an attack ``attack(model, x, y, eps=...)``.
 
-    The threat model is white-box, each pixel moved by at most ``eps`` and kept in [0, 1]. ``surrogate`` is another
-    network of the same task, for the check that white-box attacks are at least as strong as transferred ones; without
-    it that check is left out. ``generator`` draws the noise (seed 0 unless given). A check that fails says that the
-    attack is weak here, not that the network is robust. Comparisons allow for the 95 % interval of the stronger side.
+    ``x`` (N, ...) are samples with pixels in [0, 1], ``y`` (N,) their labels, ``eps`` one radius in pixel values. The
+    threat model is white-box, each pixel moved by at most ``eps`` and kept in [0, 1]. ``surrogate`` is another network
+    of the same task, for the check that white-box attacks are at least as strong as transferred ones; without it that
+    check is left out. ``generator`` draws the noise (seed 0 unless given). A check that fails says that the attack is
+    weak here, not that the network is robust. Comparisons allow for the 95 % interval of the stronger side.
+
+    Raises InputError for samples, labels and networks that do not fit together, and for what `hessnb.attacks.fgsm`
+    refuses, such as pixels outside of [0, 1].
     """
     generator = generator or torch.Generator().manual_seed(0)
     clean = accuracy(model, x, y)

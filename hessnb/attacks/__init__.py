@@ -1,12 +1,13 @@
 """Adversarial attacks: pure functions of a network, samples and labels, on one loop (the paper's section 2, Table 5).
 
 ``attack(model, x, y, *, eps, ...)`` returns perturbed samples (N, ...) in the dtype of x; ``attack.record(...)``, with
-the same arguments, a `Perturbation` that also says what happened to each. All have these arguments in common:
+the same arguments, a `Perturbation` that also says what happened to each. `autoattack`, which calls another package, is
+a function without a record, bounds or a precision. The others have all these arguments in common:
 
     model       a classifier that returns logits (N, c)
     x, y        samples (N, ...) of d entries each, and integer labels (N,)
-    eps         the radius in pixel values, one or (N,); L2 attacks take it times sqrt(d) unless ``scale="unit"``,
-                `autoattack` alone as it is
+    eps         the radius in pixel values, one or (N,); L2 attacks take it times sqrt(d) unless ``scale="unit"``;
+                `autoattack` takes one, as it is
     bounds      what samples are clipped to, (0, 1) unless given; None does not clip
     precision   "float64"; "own" for the network's: faster, and a few signs of the gradient differ; "plain" for the
                 network's and the loss as it stands, where a confident sample loses the true class's part of the

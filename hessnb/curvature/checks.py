@@ -53,7 +53,11 @@ def chosen_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str
 
 
 def read_twice(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Pairs, Pairs | None]:
-    """Return the batches of two passes; None for the second if it is identical, or if an iterator allows only one."""
+    """Return the batches of two passes; None for the second if it is identical, or if an iterator allows only one.
+
+    Empty batches are left out. Raises InputError for data without a sample, that cannot be gone through, or whose
+    batches are not pairs of tensors x (n, ...) and y (n, ...).
+    """
     pairs = _pairs(batches)
     if not pairs:
         raise InputError("the data set is empty: a Hessian needs at least one sample")

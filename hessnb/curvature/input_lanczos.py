@@ -19,6 +19,9 @@ from hessnb.curvature.evaluation import (
 from hessnb.errors import InputError
 from hessnb.models import evaluation
 
+# Chunks are measured by the graph of the network in its own precision, mostly float32; here it is made in float64.
+_LARGER = 2
+
 
 def eigenvalues_by_lanczos(
     model: nn.Module, x: Tensor, y: Tensor | None, k: int, which: Literal["LA", "LM"], tol: float, memory: int
@@ -43,7 +46,7 @@ def eigenvalues_by_lanczos(
     with evaluation(model):
         forward, dtype = in_float64(model, x)
         forward = cheapened(forward, x[:2].to(dtype), 2)
-        for part, target in in_chunks(model, x, labels, memory // 2, d * 8 * (4 * k + 40)):
+        for part, target in in_chunks(model, x, labels, memory // _LARGER, d * 8 * (4 * k + 40)):
             start = torch.randn(len(part), k, d, dtype=torch.float64, generator=generator).to(x.device)
             products = input_products(*differentiable(forward, part.to(dtype)), target)
             theta, _, _ = _lanczos_on_each(products, start, generator, finished)
@@ -62,7 +65,7 @@ def solve_by_lanczos(
         forward, dtype = in_float64(model, x)
         forward = cheapened(forward, x[:2].to(dtype), 2)
         eps = x[0].numel() * torch.finfo(dtype).eps
-        for part, target in in_chunks(model, x, labels, memory // 2, x[0].numel() * 8 * 100):
+        for part, target in in_chunks(model, x, labels, memory // _LARGER, x[0].numel() * 8 * 100):
             right = g[start : start + len(part)].flatten(1).double()
             start += len(part)
             length = torch.linalg.vector_norm(right, dim=1)

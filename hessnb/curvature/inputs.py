@@ -108,7 +108,8 @@ def input_hessian_eigenvalues(
     or on CUDA an eighth of what is free.
 
     Raises InputError for a closed form asked of a network that is not piecewise linear, labels that are missing or out
-    of range, a k outside 1..d, mixed devices or dtypes, NaN, or samples that depend on each other.
+    of range, a k outside 1..d, a ``tol`` that is not between 0 and 1, mixed devices or dtypes, NaN, or samples that
+    depend on each other.
     """
     check_samples(model, x, y, labelled=False)
     memory = at_a_time(memory, x.device)
