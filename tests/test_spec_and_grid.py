@@ -286,14 +286,6 @@ def test_figures_share_the_runs_of_the_tables_and_the_eigenvectors_of_their_spec
         assert (far.reach, close.reach) == (profile.landscape.reach, profile.landscape.reach / 100)
 
 
-@pytest.mark.parametrize("profile", ["smoke", "quick", "laptop", "paper"])
-def test_batch_that_is_drawn_is_not_larger_than_the_training_set(profile: str) -> None:
-    settings = load_profile(profile)
-    for name, network in settings.large_batch.items():
-        if name != "CR" and network.data.n_train is not None:
-            assert settings.landscape.batch <= network.data.n_train
-
-
 def _with(tmp_path: Path, old: str, new: str) -> Path:
     text = (Path(grid.__file__).parent / "profiles" / "smoke.toml").read_text()
     assert old in text
@@ -317,6 +309,10 @@ def _with(tmp_path: Path, old: str, new: str) -> Path:
         ("seeds = 1", "seeds = = 1", "TOML"),
         ("batch = ", "batch = 4000 # ", r"landscape\.batch = 4,000, but n_train of"),
         ("samples = ", "samples = 4000 # ", r"edge\.samples = 4,000, but n_train of M1"),
+        ("n = 4", "n = 5000", r"strong\.n = 5,000, but n_test of adversarial M1 is 100"),
+        ("batch_sizes = [20]", "batch_sizes = [20, 301]", r"sweep\.batch_sizes = 301, but n_train of M1 is 300"),
+        ('{ name = "M1", width = 0.1 }', '{ name = "C1" }', "edge: .*C1 takes 3 colour channels, mnist5k has 1"),
+        ('"mnist5k", n_train = 100, n_test = 50', '"mnist5k"', "mine.toml: edge: data needs n_train"),
         ("tol = 1e-3", "tol = inf", "finite"),
         ('trainings = ["L2GRAD"]', 'trainings = ["NOPE"]', "unknown attack 'NOPE'"),
         ("seeds = 1", 'seeds = 1\nname = "../up"', "name"),

@@ -185,10 +185,15 @@ class EdgeSettings(Frozen):
     tol: PositiveFloat
     samples: PositiveInt
 
+    @model_validator(mode="after")
+    def _is_a_run(self) -> Self:
+        _check_run(lambda: self.spec(self.lr[0], 0))
+        return self
+
     def spec(self, lr: float, seed: int) -> RunSpec:
         """Return the run of one learning rate and seed; each of its epochs is one step."""
         if self.data.n_train is None:
-            raise InputError("edge: data needs n_train, the size of its one batch")
+            raise InputError("data needs n_train, the size of its one batch")
         recipe = Recipe(batch_size=self.data.n_train, lr=lr, momentum=0.0, max_epochs=self.epochs, seed=seed)
         return RunSpec(data=self.data, model=self.model, recipe=recipe)
 
@@ -236,13 +241,20 @@ class Profile(Frozen):
 
     @model_validator(mode="after")
     def _has_enough_samples(self) -> Self:
-        sets = {f"adversarial {name}": network.data for name, network in self.adversarial.items()}
-        sets |= {name: network.data for name, network in self.large_batch.items() if name != "CR"}  # nothing is drawn
-        asked = [("landscape.batch", self.landscape.batch, name) for name in sets]
-        for key, samples, name in (*asked, ("edge.samples", self.edge.samples, "M1")):
-            n_train = sets[name].n_train if name in sets else None
-            if n_train is not None and samples > n_train:
-                raise InputError(f"{key} = {samples:,}, but n_train of {name} is {n_train:,}")
+        robust = {f"adversarial {name}": network.data for name, network in self.adversarial.items()}
+        large = {name: network.data for name, network in self.large_batch.items()}
+        drawn = [*robust, *(name for name in large if name != "CR")]  # of CR nothing is drawn
+        asked = [
+            *(("landscape.batch", self.landscape.batch, "n_train", name) for name in drawn),
+            ("edge.samples", self.edge.samples, "n_train", "M1"),
+            ("sweep.batch_sizes", max(self.sweep.batch_sizes), "n_train", "M1"),
+            ("strong.n", self.strong.n, "n_test", "adversarial M1"),
+        ]
+        sets = robust | large
+        for key, samples, field, name in asked:
+            there = getattr(sets[name], field) if name in sets else None
+            if there is not None and samples > there:
+                raise InputError(f"{key} = {samples:,}, but {field} of {name} is {there:,}")
         return self
 
 
