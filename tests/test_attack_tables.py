@@ -126,6 +126,11 @@ def test_record_of_the_papers_scale_has_differences_and_says_under_which_profile
     assert column(table.rows, 4)[:4] == ["−4.3", "−59.4", "−12.3", "−79.0"]  # 95 - 99.3, then 1 to 3 per cent
     assert set(column(table.rows, 4)[-3:]) == {"–"}
     assert [origin.cells[3] for origin in table.origins] == ["unknown"]
+    fhsm = next(m for m in there if isinstance(m, AttackAccuracy) and m.attack.method == "FHSM")
+    close = replace(there[fhsm], values={"accuracy": 0.8988, "n_samples": 200})
+    near = replace(own, measurements=there | {fhsm: close})
+    row = attacks.equal_size([live], [near], name="tab-x", caption="a caption").rows[3]
+    assert row[3:] == ("82.0", "+7.8"), "the paper's number is 82.04, and 7.84 the difference"
     smaller = attacks.equal_size([live], [replace(own, papers_own=False)], name="tab-x", caption="a caption")
     assert smaller.header[2:] == ("record (laptop, smaller)", "paper")
     found = outcome("table5")

@@ -283,8 +283,12 @@ def _shown(values: Sequence[float]) -> str:
     return mean_and_spread(values, "{:.1f}")
 
 
+def _papers_number(network: str, method: str) -> float:
+    return float(published(_PAPER[network])[method]["ORI"])
+
+
 def _published(network: str, method: str) -> str:
-    return f"{float(published(_PAPER[network])[method]['ORI']):.1f}"
+    return f"{_papers_number(network, method):.1f}"
 
 
 def _interval(outcomes: Sequence[Outcome], attack: AttackSpec | None) -> str:
@@ -313,7 +317,7 @@ def _difference(network: str, method: str, record: Sequence[Outcome], settings: 
     found = clean(record) if method == "clean" else under(record, method, **settings)
     if not found or method not in ("clean", *ATTACKS):
         return ("–",)
-    return (f"{statistics.mean(found) - float(_published(network, method)):+.1f}".replace("-", "−"),)
+    return (f"{statistics.mean(found) - _papers_number(network, method):+.1f}".replace("-", "−"),)
 
 
 def _percent(interval: Interval, digits: int = 1) -> str:
