@@ -13,10 +13,12 @@ from hessnb.curvature import HessianOperator, lanczos
 from hessnb.data import Split, Splits
 from hessnb.errors import InputError, whole_number
 from hessnb.landscape import Landscape, along, displaced, random_direction
+from hessnb.models import inference
 from hessnb.widgets import pixels
 from hessnb.widgets.explorer import Choice, Explorer, escaped
 
 _BATCH = 500
+_PICTURES = 6
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 390, 10, 190  # of the plot, in a box of 400 by 230
 _LOWEST = 1e-6  # a loss below is drawn there
 _SETS = {"train": "training set", "test": "test set"}
@@ -42,7 +44,6 @@ def landscape_explorer(
     positions: Sequence[float] | Tensor | None = None,
     finer: int = 5,
     n_samples: int = 200,
-    n_pictures: int = 6,
     by: str = "batch size",
 ) -> Explorer:
     """Return an explorer of the weights theta + t d: loss and accuracy on both sets, and what test pictures pass for.
@@ -50,7 +51,7 @@ def landscape_explorer(
     ``models``: trained networks by what they differ in, which ``by`` names. ``directions``: for each of them the same
     names and flat vectors (n,), used at the length they have. ``positions``: ascending t that are ready-made, -1 to 1
     unless given; live there are ``finer`` - 1 between two. The first ``n_samples`` of each set are evaluated, and the
-    first ``n_pictures`` of the test set are shown.
+    first six of the test set are shown.
 
     Raises InputError for no networks, directions that are not the same for all, positions that do not ascend,
     ``finer`` below 1, and where `hessnb.landscape.along` does.
@@ -67,7 +68,7 @@ def landscape_explorer(
     shown = [_tidy(t) for t in fine]
     parts = {"train": splits.train.head(n_samples), "test": splits.test.head(n_samples)}
     sets = {key: part.batches(_BATCH) for key, part in parts.items()}
-    examples = splits.test.head(n_pictures)
+    examples = splits.test.head(_PICTURES)
     curves = {
         (network, name): along(models[network], F.cross_entropy, sets, directions[network][name], at)
         for network in networks
@@ -91,8 +92,8 @@ def landscape_explorer(
         if len(chosen) == 2:
             return {f"path_{key}": scale.path(at, losses) for key, losses in curves[network, name].losses.items()}
         values, t = point(network, name, chosen[2]), fine[chosen[2]]
-        with torch.no_grad():
-            answers = displaced(models[network], directions[network][name], t)(examples.images).double().softmax(1)
+        with inference(displaced(models[network], directions[network][name], t)) as forward:
+            answers = forward(examples.images).double().softmax(1)
         return {
             "said": f"{escaped(by)} {escaped(network)}, {escaped(name)}, t = {shown[chosen[2]]}: "
             + "; ".join(
@@ -122,13 +123,13 @@ def landscape_explorer(
     return Explorer("Landscape explorer", choices, template, fields)
 
 
-def leading_directions(model: nn.Module, split: Split, *, tol: float = 1e-2, seed: int = 0) -> dict[str, Tensor]:
+def leading_directions(model: nn.Module, split: Split, *, seed: int = 0) -> dict[str, Tensor]:
     """Return directions (n,) for `landscape_explorer`: two eigenvectors of the Hessian on ``split``, and a random one.
 
     The eigenvectors, of length one, belong to the two eigenvalues largest in magnitude; the random direction is
     filter-normalised (Li et al., 2018), so that its length is about that of the weights.
     """
-    found = lanczos(HessianOperator(model, F.cross_entropy, split.batches(_BATCH)), k=2, tol=tol)
+    found = lanczos(HessianOperator(model, F.cross_entropy, split.batches(_BATCH)), k=2, tol=1e-2)
     first, second = found.eigenvectors
     chance = random_direction(model, torch.Generator().manual_seed(seed), filter_normalised=True)
     return {"first eigenvector": first, "second eigenvector": second, "random, filter-normalised": chance}
