@@ -9,8 +9,9 @@ from typing import Any
 import nbformat
 
 from hessnb.errors import InputError
+from hessnb.experiments.record import BENCHMARKS
 from hessnb.paper import scoreboard
-from hessnb.paper.tables import NOT_MEASURED, markdown
+from hessnb.paper.tables import NOT_MEASURED, markdown, markdown_line
 
 Executed = list[tuple[str, nbformat.NotebookNode]]
 
@@ -19,7 +20,7 @@ def generated(executed: Executed, record: Path) -> dict[str, str]:
     """Return the generated files by name, from the metadata of the executed chapters and the record's folder."""
     return {
         "chapters.md": chapters_table(executed),
-        "speed.md": speed_tables(record / "benchmarks.json"),
+        "speed.md": speed_tables(record / BENCHMARKS),
         **scoreboard.generated(record, [stem for stem, _ in executed]),
     }
 
@@ -39,7 +40,7 @@ def chapters_table(told: Executed) -> str:
             str(ours.get("machine", "not recorded")),
             f"Python {ours['python']}, torch {ours['torch']}" if ours else "not recorded",
         )
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(markdown_line(cells))
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hessnb.experiments.grid import ARTEFACTS, Artefact, Task
@@ -13,24 +13,37 @@ from hessnb.experiments.results import Outcome, look_up
 from hessnb.experiments.spec import RunSpec
 from hessnb.paper.origins import distinctions
 from hessnb.paper.recorded import PROFILES
-from hessnb.paper.tables import NOT_MEASURED
+from hessnb.paper.tables import NOT_MEASURED, markdown_line
+
+# Of each network of an artefact one outcome a seed; and the same by artefact.
+Seeds = list[list[Outcome]]
+Networks = dict[str, Seeds]
 
 
 def generated(record: Path, address: str) -> dict[str, str]:
     """Return the generated files by name; ``address`` is where the folder ``record`` is shown on the repository."""
+    networks = {profile: networks_of(record, profile) for profile in PROFILES}
     return {
-        "state.md": state_table(record),
+        "state.md": state_table(networks),
         "runs.md": runs_table(record, address),
-        **{f"missing_{name}.md": missing_lists(record, name) for name in PROFILES},
+        **{f"missing_{profile}.md": missing_lists(of_profile) for profile, of_profile in networks.items()},
     }
 
 
-def state_table(record: Path) -> str:
+def networks_of(record: Path, profile: str) -> Networks:
+    """Return by artefact what the record holds of its networks under a profile, and what it lacks.
+
+    Of a smaller profile only what differs from the paper's own specifications.
+    """
+    return {name: _networks(artefact, record, profile) for name, artefact in ARTEFACTS.items()}
+
+
+def state_table(networks: Mapping[str, Networks]) -> str:
     """Return how much of each artefact the record holds, at the paper's scale and at smaller ones of their own."""
-    lines = [_line("Artefact", "What it shows", "Paper's scale", "Laptop"), "| :--- | :--- | :--- | :--- |"]
+    lines = [markdown_line(("Artefact", "What it shows", "Paper's scale", "Laptop")), "| :--- | :--- | :--- | :--- |"]
     for name, artefact in ARTEFACTS.items():
-        cells = [_state(_networks(artefact, record, profile)) for profile in PROFILES]
-        lines.append(_line(name, artefact.title, *cells))
+        cells = [_state(networks[profile][name]) for profile in PROFILES]
+        lines.append(markdown_line((name, artefact.title, *cells)))
     return "\n".join(lines) + "\n"
 
 
@@ -46,25 +59,14 @@ def runs_table(record: Path, address: str) -> str:
     return "\n".join(parts) or f"{NOT_MEASURED.capitalize()}.\n"
 
 
-def missing_lists(record: Path, profile: str) -> str:
-    """Return for each artefact which of its networks and measures the record holds under a profile, and which not.
-
-    Of a smaller profile only what differs from the paper's own specifications.
-    """
-    found = ((artefact, _networks(artefact, record, profile)) for artefact in ARTEFACTS.values())
-    return "\n".join(_missing(artefact, networks) for artefact, networks in found if networks)
+def missing_lists(networks: Networks) -> str:
+    """Return for each artefact which of its networks and measures the record holds, and which not."""
+    return "\n".join(_missing(ARTEFACTS[name], found) for name, found in networks.items() if found)
 
 
 def _runs(profile: str, record: Path) -> list[Outcome]:
     """Return all runs of a profile's record that the grid knows, each once, with everything measured on it."""
-    merged: dict[str, Outcome] = {}
-    for name in ARTEFACTS:
-        for outcome in recorded(name, profile, record):
-            spec = outcome.task.spec
-            earlier = merged.get(spec.key)
-            found = {**(earlier.measurements if earlier else {}), **outcome.measurements}
-            merged[spec.key] = Outcome(Task(spec, tuple(found)), outcome.result, found)
-    return sorted(merged.values(), key=lambda o: (o.task.spec.label, o.task.spec.key))
+    return sorted(recorded("all", profile, record), key=lambda o: (o.task.spec.label, o.task.spec.key))
 
 
 def _run_row(outcome: Outcome, address: str) -> str:
@@ -75,7 +77,7 @@ def _run_row(outcome: Outcome, address: str) -> str:
     under = f"under {spec.attack.label}" if spec.attack else "without an attack"
     attack = f", trained on {under}" if spec.parent else ""
     taken = [m.provenance["seconds"] for m in outcome.measurements.values()]
-    return _line(
+    cells = (
         f"[{spec.label}]({address}/{spec.slug}/run.json)",
         f"{''.join(f'{told}, ' for told in _scale(spec))}batch {recipe.batch_size}, learning rate {recipe.lr:g}, "
         f"momentum {recipe.momentum:g}, {until}{attack}",
@@ -86,6 +88,7 @@ def _run_row(outcome: Outcome, address: str) -> str:
         f"{told['seconds']:,.0f} s",
         f"{len(taken)} in {sum(taken):,.0f} s",
     )
+    return markdown_line(cells)
 
 
 def _scale(spec: RunSpec) -> list[str]:
@@ -95,7 +98,7 @@ def _scale(spec: RunSpec) -> list[str]:
     return [part for part in told if part]
 
 
-def _networks(artefact: Artefact, record: Path, profile: str) -> list[list[Outcome]]:
+def _networks(artefact: Artefact, record: Path, profile: str) -> Seeds:
     """Return for each network of an artefact what the record holds of it, one outcome a seed that is there at all.
 
     Without what the paper's profile asks for as well, unless that is the profile.
@@ -113,25 +116,25 @@ def _networks(artefact: Artefact, record: Path, profile: str) -> list[list[Outco
     return [list(same) for same in zip(*by_seed, strict=True)]
 
 
-def _counted(networks: list[list[Outcome]]) -> tuple[int, int]:
+def _counted(networks: Seeds) -> tuple[int, int]:
     """Return how many measures are there, and how many there would be: none of a training that failed."""
     outcomes = [o for same in networks for o in same if not _failed(o)]
     return sum(len(o.measurements) for o in outcomes), sum(len(o.task.measures) for o in outcomes)
 
 
-def _seeds(networks: list[list[Outcome]]) -> str:
+def _seeds(networks: Seeds) -> str:
     seeds = sorted({o.task.spec.recipe.seed for same in networks for o in same if o.measurements})
     return ("seed " if len(seeds) == 1 else "seeds ") + _listed(seeds)
 
 
-def _state(networks: list[list[Outcome]]) -> str:
+def _state(networks: Seeds) -> str:
     if not networks:
         return "as the paper's"
     done, planned = _counted(networks)
     return f"{done} of {planned} cells, {_seeds(networks)}" if done else NOT_MEASURED
 
 
-def _missing(artefact: Artefact, networks: list[list[Outcome]]) -> str:
+def _missing(artefact: Artefact, networks: Seeds) -> str:
     done, planned = _counted(networks)
     head = f"`{artefact.name}`\n: {artefact.title}. "
     if not any(o.result for same in networks for o in same):
@@ -144,7 +147,7 @@ def _missing(artefact: Artefact, networks: list[list[Outcome]]) -> str:
     return f"{head}Not measured yet:\n\n{items}"
 
 
-def _missing_items(networks: list[list[Outcome]]) -> Iterator[str]:
+def _missing_items(networks: Seeds) -> Iterator[str]:
     """Return a line for each network that is not complete, the same network of all seeds in one."""
     for name, same in zip(_names([same[0].task.spec for same in networks]), networks, strict=True):
         trained = [o for o in same if o.result and not _failed(o)]
@@ -180,7 +183,3 @@ def _names(specs: Sequence[RunSpec]) -> list[str]:
 
 def _listed(things: list[str] | list[int]) -> str:
     return ", ".join(map(str, things))
-
-
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -13,8 +13,9 @@ from hessnb.experiments.profile import load_profile
 from hessnb.experiments.results import Measurement, RunResult
 from hessnb.experiments.store import Store
 from hessnb.paper.origins import distinctions
+from hessnb.paper.recorded import PROFILES
 from hessnb.paper.tables import NOT_MEASURED
-from hessnb.record_pages import generated, missing_lists, state_table
+from hessnb.record_pages import generated, missing_lists, networks_of, state_table
 from hessnb.training import Epoch, State
 
 EPOCH = Epoch(1, 0.05, 1.0, 0.5, 1.0, 0.5, 0.1)
@@ -44,6 +45,14 @@ def row(table: str, artefact: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def state(folder: Path) -> str:
+    return state_table({profile: networks_of(folder, profile) for profile in PROFILES})
+
+
+def lacking(folder: Path, profile: str = "paper") -> str:
+    return missing_lists(networks_of(folder, profile))
+
+
 def entry(text: str, artefact: str) -> str:
     return next(part for part in text.split("\n`") if part.lstrip("`").startswith(f"{artefact}`"))
 
@@ -55,8 +64,8 @@ def first_of(artefact: str, seed: int, n: int, profile: str = "paper") -> Task:
 
 
 def test_empty_record_lacks_everything(tmp_path: Path) -> None:
-    assert row(state_table(tmp_path), "table7")[2:] == [NOT_MEASURED, "as the paper's"]
-    assert "None of its 108 cells on 6 networks is in the record." in entry(missing_lists(tmp_path, "paper"), "table7")
+    assert row(state(tmp_path), "table7")[2:] == [NOT_MEASURED, "as the paper's"]
+    assert "None of its 108 cells on 6 networks is in the record." in entry(lacking(tmp_path), "table7")
     assert set(generated(tmp_path, "https://example.org")) == {
         "state.md", "runs.md", "missing_paper.md", "missing_laptop.md",
     }  # fmt: skip
@@ -64,8 +73,8 @@ def test_empty_record_lacks_everything(tmp_path: Path) -> None:
 
 def test_what_is_there_in_part_is_counted_by_cells(tmp_path: Path) -> None:
     folder = record_of(tmp_path, [first_of("table7", 0, 3)])
-    assert row(state_table(folder), "table7")[2] == "3 of 108 cells, seed 0"
-    told = entry(missing_lists(folder, "paper"), "table7")
+    assert row(state(folder), "table7")[2] == "3 of 108 cells, seed 0"
+    told = entry(lacking(folder), "table7")
     assert "Measured: 3 of 108 cells, seed 0. Not measured yet:" in told
     assert "**M1-mnist-b64**: FGSM-10-eps0.1-test, FGSM-eps0.05-test" in told
     assert "**M1-mnist-b2048**: not trained" in told
@@ -73,7 +82,7 @@ def test_what_is_there_in_part_is_counted_by_cells(tmp_path: Path) -> None:
 
 def test_measure_that_one_of_two_seeds_lacks_says_so(tmp_path: Path) -> None:
     folder = record_of(tmp_path, [first_of("seeds", 0, 2), first_of("seeds", 1, 1)])
-    told = entry(missing_lists(folder, "paper"), "seeds")
+    told = entry(lacking(folder), "seeds")
     assert "Measured: 3 of 8 cells, seeds 0, 1." in told
     assert "**M1-mnist-b64**: of 1 of 2 seeds FGSM-eps0.1-test\n" in told
 
@@ -81,7 +90,7 @@ def test_measure_that_one_of_two_seeds_lacks_says_so(tmp_path: Path) -> None:
 def test_seed_that_is_not_trained_is_named_instead_of_all_its_measures(tmp_path: Path) -> None:
     first = first_of("seeds", 0, 2)
     largest = grid.artefact("seeds").tasks_of_seed(load_profile("paper"), 1)[1]
-    told = entry(missing_lists(record_of(tmp_path, [first, largest]), "paper"), "seeds")
+    told = entry(lacking(record_of(tmp_path, [first, largest])), "seeds")
     assert "**M1-mnist-b64** (not trained with seed 1): nothing else\n" in told
     assert "**M1-mnist-b2048** (not trained with seed 0): nothing else\n" in told
 
@@ -94,20 +103,20 @@ def test_training_that_failed_lacks_nothing(tmp_path: Path) -> None:
         RunResult(tasks[-1].spec, "failed", "training diverged", [EPOCH], came_from(0)), State(1, {}, [], [EPOCH])
     )
     record.publish(store, folder, "paper")
-    told = entry(missing_lists(folder, "paper"), "silent_lr")
+    told = entry(lacking(folder), "silent_lr")
     there = sum(len(task.measures) for task in tasks[:-1])
     assert told.rstrip().endswith(f"Measured: {there} of {there} cells, seed 0. Nothing is missing.")
 
 
 def test_complete_artefact_lacks_nothing(tmp_path: Path) -> None:
     folder = record_of(tmp_path, grid.artefact("table5").tasks_of_seed(load_profile("paper"), 0))
-    told = entry(missing_lists(folder, "paper"), "table5")
+    told = entry(lacking(folder), "table5")
     assert told.rstrip().endswith("Measured: 22 of 22 cells, seed 0. Nothing is missing.")
 
 
 def test_networks_of_the_same_label_are_told_apart(tmp_path: Path) -> None:
     middle = grid.artefact("silent_lr").tasks_of_seed(load_profile("paper"), 0)[2]
-    text = missing_lists(record_of(tmp_path, [middle]), "paper")
+    text = lacking(record_of(tmp_path, [middle]))
     assert "**M1-mnist-b64, learning rate 0.04**: not trained" in entry(text, "silent_lr")
     assert "**M1-mnist-b64, strided**: not trained" in entry(text, "silent_variant")
 
@@ -122,17 +131,16 @@ def test_origins_of_the_same_label_are_told_apart() -> None:
 
 def test_smaller_profile_lists_what_differs_from_the_papers_alone(tmp_path: Path) -> None:
     folder = record_of(tmp_path, [first_of("table1", 0, 1, "laptop")], "laptop")
-    text = missing_lists(folder, "laptop")
+    text = lacking(folder, "laptop")
     assert "Measured: 1 of 136 cells, seed 0." in entry(text, "table1")
     assert "**C1-cifar10-b64**" in entry(text, "table1")
     assert "`table7`" not in text
-    assert row(state_table(folder), "table1")[2:] == [NOT_MEASURED, "1 of 136 cells, seed 0"]
+    assert row(state(folder), "table1")[2:] == [NOT_MEASURED, "1 of 136 cells, seed 0"]
 
 
 @pytest.mark.parametrize("profile", ["paper", "laptop"])
 def test_committed_record_can_be_told(profile: str) -> None:
     folder = record.record_root()
     assert folder is not None
-    assert missing_lists(folder, profile).count("\n: ") == len(
-        {line for line in missing_lists(folder, profile).splitlines() if line.startswith("`")}
-    )
+    text = lacking(folder, profile)
+    assert text.count("\n: ") == len({line for line in text.splitlines() if line.startswith("`")})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Self
@@ -268,23 +269,31 @@ def load_profile(name: str | Path) -> Profile:
 
     Raises InputError for an unknown name, a file that cannot be read, or an unknown or ill-typed key.
     """
-    text_name = str(name)
-    if text_name.endswith(".toml"):
-        path = Path(text_name)
-        try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"profile {path} cannot be read: {error}") from error
-        text_name = path.stem
-    elif text_name in profile_names():
-        text = (resources.files("hessnb.experiments") / "profiles" / f"{text_name}.toml").read_text()
-    else:
-        raise unknown("profile", text_name, [*profile_names(), "a path that ends in .toml"])
+    if str(name) in profile_names():
+        return _packaged(str(name))
+    if not str(name).endswith(".toml"):
+        raise unknown("profile", str(name), [*profile_names(), "a path that ends in .toml"])
+    path = Path(name)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"profile {path} cannot be read: {error}") from error
+    return _parsed(path.stem, text, path)
+
+
+@cache
+def _packaged(name: str) -> Profile:
+    text = (resources.files("hessnb.experiments") / "profiles" / f"{name}.toml").read_text()
+    return _parsed(name, text, name)
+
+
+def _parsed(own_name: str, text: str, name: str | Path) -> Profile:
+    """Return the profile that a file holds, which is called by its own name where it gives none."""
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"profile {name} is not valid TOML: {error}") from error
-    profile = Profile.parse({"name": text_name, **content}, f"profile {name}")
+    profile = Profile.parse({"name": own_name, **content}, f"profile {name}")
     for part, needed in (("large_batch", {"M1", "C1", "C2", "CR"}), ("adversarial", {"M1", "C3"})):
         if missing := needed - getattr(profile, part).keys():
             raise InputError(f"profile {name}: {part} has no {', '.join(sorted(missing))}")

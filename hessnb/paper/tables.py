@@ -84,8 +84,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table: short cells on one line, columns of text on the left, of numbers on the right."""
     text = [_is_text(column) for column in zip(*rows, strict=True)] or [False] * len(header)
     rule = [":---" if i == 0 or text[i] else "---:" for i in range(len(header))]
-    lines = [header, rule, *(tuple(map(_cell, row)) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
+    return "\n".join(map(markdown_line, [header, rule, *(tuple(map(_cell, row)) for row in rows)]))
+
+
+def markdown_line(cells: Sequence[str]) -> str:
+    """Return one line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _html(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
