@@ -194,8 +194,8 @@ def test_correlations_are_those_of_the_measured_pairs(outcomes: list[Outcome]) -
     made = [_invented(spec, result, i, 90.0 - 10 * i) for i in range(6)]
     table = large_batch.correlations(made, 0.01, name="tab-z", caption="a caption")
     assert table.rows[1][3].startswith("too few")  # no spectrum
-    assert table.rows[1][4].startswith("−1.00")
-    assert table.rows[1][5].startswith("−1.00")
+    assert table.rows[1][4].startswith("-1.00")
+    assert table.rows[1][5].startswith("-1.00")
 
 
 def test_correlations_within_a_batch_size_leave_out_what_it_explains(outcomes: list[Outcome]) -> None:
@@ -207,7 +207,7 @@ def test_correlations_within_a_batch_size_leave_out_what_it_explains(outcomes: l
 
     made = [network(8, seed, 1 + seed, 80.0 + seed) for seed in range(3)]
     made += [network(16, seed, 7 + seed, 50.0 + seed) for seed in range(3)]
-    assert large_batch.correlations(made, 0.01, name="tab-z", caption="c").rows[1][4].startswith("−0.54")
+    assert large_batch.correlations(made, 0.01, name="tab-z", caption="c").rows[1][4].startswith("-0.54")
     alone = network(32, 0, 20, 10.0)
     rows = large_batch.correlations_within([*made, alone], 0.01, name="tab-z", caption="c").rows
     assert rows[1] == ("M1", "test", "3 + 3", "too few", "1.00 (p = 0.056)", "1.00 (p = 0.056)")

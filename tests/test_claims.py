@@ -640,7 +640,7 @@ def test_recorded_table_shows_what_is_to_be_added_to_and_multiplied_with_the_pap
         100 * ours - float(printed[f"accuracy_{split}"]["M1", 64]) for split, ours in (("train", 0.9), ("test", 1.0))
     )
     assert below < 0 < above
-    assert table.rows[0][accuracies] == f"−{-below:.2f} (+{above:.2f})"
+    assert table.rows[0][accuracies] == f"{below:.2f} (+{above:.2f})"
     assert table.rows[0][ratios] == "× 2.00 (× 2.00)"
     assert table.rows[1][ratios] == "× 1.00 (× 1.00)"
 

@@ -113,4 +113,4 @@ def _beside(ours: Sequence[float], paper: float, runs: Sequence[Outcome]) -> str
     """Return the paper's number in brackets, with the difference to it where our scale is the paper's."""
     if not papers_own(runs):
         return f" ({paper:.1f})"
-    return f" ({paper:.1f}; {statistics.mean(ours) - paper:+.1f})".replace("-", "−")
+    return f" ({paper:.1f}; {statistics.mean(ours) - paper:+.1f})"

@@ -317,7 +317,7 @@ def _difference(network: str, method: str, record: Sequence[Outcome], settings: 
     found = clean(record) if method == "clean" else under(record, method, **settings)
     if not found or method not in ("clean", *ATTACKS):
         return ("–",)
-    return (f"{statistics.mean(found) - _papers_number(network, method):+.1f}".replace("-", "−"),)
+    return (f"{statistics.mean(found) - _papers_number(network, method):+.1f}",)
 
 
 def _percent(interval: Interval, digits: int = 1) -> str:

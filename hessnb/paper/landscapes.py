@@ -155,7 +155,7 @@ def batch_noise(networks: Sequence[tuple[Outcome, Tensor]], *, name: str, captio
                 str(own),
                 f"{train:.3g}",
                 f"{batch:.3g}",
-                f"{batch / train - 1:+.0%}".replace("-", "−"),
+                f"{batch / train - 1:+.0%}",
                 *(f"± {deviation_of_mean(losses, size) / train:.0%}" for size in (drawn, own)),
                 f"{float(few.sum() / losses.sum()):.0%}",
             )
@@ -197,9 +197,9 @@ def directional(
                 f"{n:,}",
                 f"{largest:.3g}",
                 f"{found.value:.3g} ± {found.error:.1g}",
-                f"{found.value / n:.1e}".replace("-", "−"),
+                f"{found.value / n:.1e}",
                 f"1 / {largest * n / found.value:,.0f}",
-                f"{curved:.1e}".replace("-", "−"),
+                f"{curved:.1e}",
             )
         )
     header = ("Batch", "weights n", "λ₁", "trace", "trace / n", "in parts of λ₁", "filter-normalised")

@@ -128,7 +128,7 @@ def correlations_within(outcomes: Sequence[Outcome], eps: float, *, name: str, c
 
 def _chance(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
     found = spearman_within(groups)
-    return TOO_FEW if found is None else f"{found[0]:.2f}".replace("-", "−") + f" (p = {found[1]:.2g})"
+    return TOO_FEW if found is None else f"{found[0]:.2f}" + f" (p = {found[1]:.2g})"
 
 
 def published_correlations(table: str, eps: float, *, name: str, caption: str) -> Table:
@@ -157,7 +157,7 @@ def _pairs(runs: Sequence[Outcome], first: Column, second: Column, split: SplitN
 
 def _shown(x: Sequence[float], y: Sequence[float]) -> str:
     found = spearman(x, y)
-    return TOO_FEW if found is None else f"{found:.2f}".replace("-", "−")
+    return TOO_FEW if found is None else f"{found:.2f}"
 
 
 def accuracy(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
@@ -282,5 +282,5 @@ def _difference(ours: Sequence[Sequence[float]], paper: pd.DataFrame, key: tuple
             continue
         mean, theirs = statistics.mean(values), float(paper[f"{field}_{split}"][key])
         accuracies = field.startswith(("accuracy", "adversarial"))
-        shown.append(f"{mean - theirs:+.2f}".replace("-", "−") if accuracies else f"× {mean / theirs:.2f}")
+        shown.append(f"{mean - theirs:+.2f}" if accuracies else f"× {mean / theirs:.2f}")
     return "–" if set(shown) == {"–"} else f"{shown[0]} ({shown[1]})"

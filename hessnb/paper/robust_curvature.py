@@ -6,7 +6,6 @@ Beside the paper's six networks stands a control: the original network trained o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,7 +168,7 @@ def curvature_after(
     )
     if not any(o.measurements for o in outcomes):
         rows = [("all", "all", NOT_MEASURED, *["–"] * (len(header) - 3))]
-    return Table(name, caption, header, tuple(map(_minus, rows)), origins(outcomes))
+    return Table(name, caption, header, tuple(rows), origins(outcomes))
 
 
 def ratios(
@@ -200,7 +199,7 @@ def line_curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> 
         )
         cells = [mean_and_spread(values, "{:.3g}") for values in curvatures]
         rows.append((network, *cells))
-    return Table(name, caption, ("Network", "training", "test", "batch"), tuple(map(_minus, rows)), origins(outcomes))
+    return Table(name, caption, ("Network", "training", "test", "batch"), tuple(rows), origins(outcomes))
 
 
 def way_curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
@@ -217,7 +216,7 @@ def way_curvatures(outcomes: Sequence[Outcome], *, name: str, caption: str) -> T
             cells += [mean_and_spread(starts, "{:.3g}"), mean_and_spread(ends, "{:.3g}")]
         rows.append((network, *cells))
     header = ("Network", "training, original end", "training, robust end", "test, original end", "test, robust end")
-    return Table(name, caption, header, tuple(map(_minus, rows)), origins(outcomes))
+    return Table(name, caption, header, tuple(rows), origins(outcomes))
 
 
 def line(outcome: Outcome, kind: type[LossLine] | type[Interpolation]) -> dict[str, Any] | None:
@@ -283,7 +282,7 @@ def parts_of_curvature(spec: RunSpec, cases: Mapping[str, Split], *, store: Stor
         within = within_layers(model, samples, list(layers(spec.model.name, variant=spec.model.variant)))
         rows.append((label, *cells, f"{within:.0e}" if within else "0"))
     header = ("Samples", "Loss", "Largest", "from G", "from R", "Smallest", "from G", "from R", "R within layers")
-    return Table(name, caption, header, tuple(map(_minus, rows)))
+    return Table(name, caption, header, tuple(rows))
 
 
 def hardest(model: nn.Module, split: Split) -> Split:
@@ -318,7 +317,7 @@ def lowest_curvature(
             )
         )
     header = ("Network", "Smallest of all", "Residual", "λ₁", f"|λ| of rank {len(top)}", "Norm of the gradient")
-    return Table(name, caption, header, tuple(map(_minus, rows)))
+    return Table(name, caption, header, tuple(rows))
 
 
 def _gradient(model: nn.Module, split: Split) -> Tensor:
@@ -418,8 +417,3 @@ def _span(values: Sequence[float]) -> str:
         return NOT_MEASURED
     low, high = (f"{v:.2g}" for v in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
-
-
-def _minus(cells: tuple[str, ...]) -> tuple[str, ...]:
-    """Return cells whose numbers have a minus sign; a name such as FGSM-10 keeps its hyphen."""
-    return tuple(re.sub(r"(?<![A-Za-z0-9])-(?=\d)|(?<=e)-(?=\d)", "−", cell) for cell in cells)
