@@ -21,6 +21,7 @@ from hessnb.experiments.spec import AttackAccuracy, AttackSpec, InputCurvature, 
 from hessnb.experiments.store import Store
 from hessnb.models import build
 from hessnb.paper import adversarial, large_batch
+from hessnb.paper.outcomes import under
 from hessnb.paper.published import published
 from hessnb.paper.tables import NOT_MEASURED
 from hessnb.training import Recipe, State, train
@@ -109,9 +110,9 @@ def test_accuracies_are_those_of_the_attacks_on_the_network_or_on_its_parent(
         for made_on, white_box in ((source, False), (target, True)):
             x = attack(made_on, test.images, test.labels, eps=settings.eps, bounds=None, **options)
             expected = training.evaluate(target, Split(x, test.labels))[1]
-            assert adversarial.accuracy_under(robust, method, white_box=white_box) == pytest.approx(100 * expected)
-        both = [adversarial.accuracy_under(original, method, white_box=flag) for flag in (False, True)]
-        assert both[0] == both[1] is not None
+            assert under([robust], method, transferred=not white_box) == [pytest.approx(100 * expected)]
+        both = [under([original], method, transferred=flag) for flag in (False, True)]
+        assert both[0] == both[1] != []
     values = robust.measurements[AttackAccuracy(split="test", attack=settings.attack("FGSM"))].values
     assert values["linf_norm"] == pytest.approx(settings.eps, rel=1e-6)
     assert values["n_samples"] == len(test)
@@ -134,7 +135,7 @@ def test_table_has_the_papers_layout_and_numbers_beside_ours(outcomes: list[Outc
     table = adversarial.transfer("table3", outcomes, name="tab-x", caption="a caption")
     assert table.header == ("Network", "clean", *ATTACKS, "mean of attacks")
     assert [row[0] for row in table.rows] == ["ORI", *ATTACKS]
-    fgsm_on_original = adversarial.accuracy_under(outcomes[0], "FGSM", white_box=True)
+    (fgsm_on_original,) = under(outcomes[:1], "FGSM")
     assert table.rows[0][2] == f"{fgsm_on_original:.1f} (60.4)"
     assert table.rows[5][7].endswith("(91.3)")
     values = [float(cell.split()[0]) for cell in table.rows[3][2:]]

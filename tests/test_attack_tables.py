@@ -19,6 +19,8 @@ from hessnb.experiments.results import Measurement, Outcome, RunResult
 from hessnb.experiments.spec import AttackAccuracy, AttackSpec
 from hessnb.models import build
 from hessnb.paper import attacks
+from hessnb.paper.live import live_and_recorded
+from hessnb.paper.outcomes import under
 from hessnb.paper.recorded import Recorded
 from hessnb.paper.tables import NOT_MEASURED
 from hessnb.training import Epoch, Recipe, train
@@ -111,6 +113,12 @@ def test_attacks_of_equal_size_have_intervals_and_the_papers_numbers() -> None:
     assert table.rows[0][1].startswith("95.0 (")
     assert table.rows[1][1] == "1.0 (0.3 to 3.6)"  # 2 of 200, by Wilson
     assert set(column(table.rows, 2)) == {NOT_MEASURED}
+    few = {m: replace(found, values=found.values | {"n_samples": 100}) for m, found in live.measurements.items()}
+    (measure, *_), begun = live.task.measures, Outcome(live.task, None, {})
+    mixed = replace(live, measurements=live.measurements | {measure: few[measure]})
+    rows = attacks.equal_size([begun, mixed], [], name="tab-x", caption="a caption").rows
+    assert rows[1][1] == "1.0 (0.2 to 5.4)", "1 of 100: the first attack was measured on fewer"
+    assert rows[2][1] == table.rows[2][1]
     several = attacks.equal_size([live, outcome("section34", "C3", 2)], [], name="tab-x", caption="a caption")
     assert several.rows[1][1] == "2.0 ± 1.4"
 
@@ -147,7 +155,7 @@ def test_accuracies_are_of_the_attack_on_the_network_itself() -> None:
     attack = AttackSpec(method="PGD", eps=0.1, clip=False)
     transferred = AttackAccuracy(split="test", attack=attack, source=found.task.spec)
     other = Outcome(found.task, found.result, {transferred: Measurement(transferred, {"accuracy": 0.5}, {})})
-    assert attacks.under([other], "PGD") == []
+    assert under([other], "PGD") == []
 
 
 class Brightest(nn.Module):
@@ -232,7 +240,7 @@ def test_identities_hold_to_rounding(network: nn.Module, samples: tuple[Tensor, 
 
 
 def test_live_results_are_of_one_network(tmp_path: Path) -> None:
-    live, record = attacks.live_and_recorded("section34", "M1", profile="smoke", store=tmp_path / "store")
+    live, record = live_and_recorded("section34", network="M1", profile="smoke", store=tmp_path / "store")
     assert [o.task.spec.model.name for o in live] == ["M1"]
     assert live[0].complete
     assert {o.task.spec.model.name for o in record} <= {"M1"}

@@ -33,7 +33,7 @@ from hessnb.experiments.store import Store
 from hessnb.figures import beyond as figures_beyond
 from hessnb.paper import beyond
 from hessnb.paper.adversarial import network_name
-from hessnb.paper.large_batch import accuracy
+from hessnb.paper.outcomes import clean
 from hessnb.paper.tables import NOT_MEASURED, mean_and_spread
 from hessnb.sharpness import sharpness_along
 from hessnb.training import Epoch
@@ -291,7 +291,7 @@ def test_spread_has_means_over_seeds_and_the_ratio_of_extremes(store: Store) -> 
         assert a.task.spec.recipe.seed == b.task.spec.recipe.seed
         ratio *= b.eigenvalues("train")[0] / a.eigenvalues("train")[0]
     assert table.rows[2][4].startswith(f"× {ratio ** (1 / 3):.3g} (")
-    assert table.rows[0][3] == mean_and_spread(accuracy(small, "test"), "{:.2f}")
+    assert table.rows[0][3] == mean_and_spread(clean(small), "{:.2f}")
 
 
 @pytest.mark.parametrize("how", ["diverged", "collapsed"])

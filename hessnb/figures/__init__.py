@@ -20,7 +20,7 @@ from hessnb.attacks import ATTACKS, Perturbation
 from hessnb.curvature import InputCurvature
 from hessnb.data import Splits
 from hessnb.experiments.results import Outcome
-from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy
+from hessnb.experiments.spec import SECOND_ORDER
 from hessnb.figures.large_batch import (
     accuracy_against_batch,
     accuracy_against_measures,
@@ -30,9 +30,10 @@ from hessnb.figures.large_batch import (
     training_curves,
 )
 from hessnb.figures.style import COLOURS, HATCHES, MARKERS, grid, legend, look, name_axes, nothing, one_row, style
-from hessnb.paper.adversarial import accuracy_under, network_name
+from hessnb.paper.adversarial import network_name
 from hessnb.paper.attack_planes import AttackPlane
-from hessnb.paper.attacks import DampingSweep, cg_settings, clean, under
+from hessnb.paper.attacks import DampingSweep, cg_settings
+from hessnb.paper.outcomes import attacks, clean, under
 from hessnb.paper.recorded import recorded_as
 
 __all__ = [
@@ -81,8 +82,7 @@ def transfer_and_white_box(outcomes: Sequence[Outcome]) -> Figure:
         for column, outcome in enumerate(outcomes):
             for i, method in enumerate(ATTACKS):
                 for white_box in (False, True):
-                    accuracy = accuracy_under(outcome, method, white_box=white_box)
-                    if accuracy is not None:
+                    for accuracy in under([outcome], method, transferred=not white_box):
                         axis.plot(
                             column + 0.13 * (i - 2), accuracy, marker=MARKERS[i], color=COLOURS[i], linestyle="",
                             markerfacecolor=COLOURS[i] if white_box else "none",
@@ -191,10 +191,10 @@ def accuracy_against_size(live: Sequence[Outcome], record: Sequence[Outcome]) ->
             return nothing("all sizes")
         figure, axes = one_row(len(shown), width=6.0 if len(shown) == 1 else 7.0, share_y=True)
         for axis, (outcomes, title) in zip(axes, shown, strict=True):
-            attacks = [m.attack for m in outcomes[0].task.measures if isinstance(m, AttackAccuracy)]
+            planned = [m.attack for m in attacks(outcomes)]
             start = sum(clean(outcomes)) / len(clean(outcomes))
             for i, method in enumerate(ATTACKS):
-                sizes = sorted({attack.eps for attack in attacks if attack.method == method})
+                sizes = sorted({attack.eps for attack in planned if attack.method == method})
                 found = {eps: values for eps in sizes if (values := under(outcomes, method, eps=eps))}
                 heights = [start, *(sum(values) / len(values) for values in found.values())]
                 axis.plot([0, *found], heights, marker=MARKERS[i], color=COLOURS[i], label=method)

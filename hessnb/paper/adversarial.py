@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from hessnb.attacks import ATTACKS
 from hessnb.experiments.results import Outcome
-from hessnb.experiments.spec import AttackAccuracy, RunSpec
+from hessnb.experiments.spec import RunSpec
 from hessnb.paper.origins import origins
+from hessnb.paper.outcomes import clean, under
 from hessnb.paper.published import published
 from hessnb.paper.recorded import Recorded, papers_own, profiles
 from hessnb.paper.tables import NOT_MEASURED, PROFILE, Table, mean_and_spread
@@ -48,18 +49,6 @@ def of_first_seed(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return sorted(chosen, key=lambda o: order.index(network_name(o.task.spec)))
 
 
-def accuracy_under(outcome: Outcome, method: str, *, white_box: bool) -> float | None:
-    """Return the accuracy (%) on the test set under an attack made on the network, or on its parent; None: not there.
-
-    For an original network both are the same.
-    """
-    source = None if white_box else outcome.task.spec.parent
-    for measure, found in outcome.measurements.items():
-        if isinstance(measure, AttackAccuracy) and measure.attack.method == method and measure.source == source:
-            return 100.0 * float(found.values["accuracy"])
-    return None
-
-
 def checks(
     model: nn.Module,
     attack: Callable[..., Tensor],
@@ -83,14 +72,11 @@ def _table(table: str, outcomes: Sequence[Outcome], name: str, caption: str, *, 
     rows = []
     for network in (ORIGINAL, *ATTACKS):
         runs = [o for o in outcomes if network_name(o.task.spec) == network]
-        ended = [o.result.history[-1] for o in runs if o.result and o.result.status == "done"]
-        columns = {"clean": [100 * epoch.test_accuracy for epoch in ended]}
-        for method in ATTACKS:
-            found = [accuracy_under(o, method, white_box=white_box) for o in runs]
-            columns[method] = [accuracy for accuracy in found if accuracy is not None]
-        attacked = ([accuracy_under(o, method, white_box=white_box) for method in ATTACKS] for o in runs)
+        columns = {"clean": clean(runs)}
+        columns |= {method: under(runs, method, transferred=not white_box) for method in ATTACKS}
+        each = [[value for m in ATTACKS for value in under([o], m, transferred=not white_box)] for o in runs]
         # Of the networks that were measured under all of them, or the means would be of different attacks.
-        columns["mean"] = [statistics.fmean(of_run) for of_run in map(_complete, attacked) if of_run]
+        columns["mean"] = [statistics.fmean(of_run) for of_run in each if len(of_run) == len(ATTACKS)]
         cells = []
         for column in ("clean", *ATTACKS, "mean"):
             shown = mean_and_spread(columns[column], "{:.1f}")
@@ -101,12 +87,6 @@ def _table(table: str, outcomes: Sequence[Outcome], name: str, caption: str, *, 
         rows.append((network, *cells, *((profiles(runs),) if from_record else ())))
     header = ("Network", "clean", *ATTACKS, "mean of attacks", *((PROFILE,) if from_record else ()))
     return Table(name, caption, header, tuple(rows), origins(outcomes))
-
-
-def _complete(values: Sequence[float | None]) -> list[float]:
-    """Return the values if all are there, else none."""
-    there = [value for value in values if value is not None]
-    return there if len(there) == len(values) else []
 
 
 def _beside(ours: Sequence[float], paper: float, runs: Sequence[Outcome]) -> str:

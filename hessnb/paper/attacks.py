@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +16,13 @@ from torch import Tensor, nn
 from hessnb.attacks import ATTACKS, Perturbation, damped_newton, l2_hessian
 from hessnb.attacks.loop import wrongness
 from hessnb.attacks.second_order import DAMPINGS
-from hessnb.experiments.grid import artefact
-from hessnb.experiments.profile import load_profile
 from hessnb.experiments.results import Outcome
-from hessnb.experiments.run import all_trained, compute
-from hessnb.experiments.spec import SECOND_ORDER, AttackAccuracy, AttackSpec
-from hessnb.experiments.store import Store
+from hessnb.experiments.spec import SECOND_ORDER, AttackSpec
 from hessnb.models import inference
 from hessnb.paper.origins import origins
+from hessnb.paper.outcomes import attacked, attacks, clean, interval, percentages, under
 from hessnb.paper.published import published
-from hessnb.paper.recorded import from_record, fullest, papers_own, recorded_as
+from hessnb.paper.recorded import papers_own, recorded_as
 from hessnb.paper.tables import Table, mean_and_spread
 from hessnb.robustness import accuracy, agreement, predictions
 from hessnb.statistics import Interval, proportion
@@ -35,52 +31,12 @@ from hessnb.statistics import Interval, proportion
 _PAPER = {"M1": "table3", "C3": "table4"}
 
 
-def live_and_recorded(
-    name: str,
-    network: str,
-    *,
-    profile: str = "quick",
-    seeds: int | None = None,
-    device: str = "cpu",
-    store: str | Path | None = None,
-) -> tuple[list[Outcome], list[Outcome]]:
-    """Return what an artefact shows of one network, computing what the store lacks, and what the record holds of it.
-
-    See `hessnb.paper.recorded.from_record` for the record; of its seeds those are taken that have the most measures.
-
-    Raises InputError for an unknown name, and RunFailed when a training failed.
-    """
-    tasks = [t for t in artefact(name).tasks(load_profile(profile), seeds) if t.spec.model.name == network]
-    live = all_trained(compute(Store(store), tasks, device=device))
-    return live, fullest([outcome for outcome in from_record(name, network=network) if outcome.result])
-
-
-def under(outcomes: Sequence[Outcome], method: str, **settings: object) -> list[float]:
-    """Return the accuracies (%), one a network, under an attack on itself with these fields of its `AttackSpec`."""
-    found = []
-    for outcome in outcomes:
-        values = [
-            100 * float(measurement.values["accuracy"])
-            for measure, measurement in outcome.measurements.items()
-            if isinstance(measure, AttackAccuracy)
-            and (measure.source, measure.attack.method) == (None, method)
-            and all(getattr(measure.attack, field) == value for field, value in settings.items())
-        ]
-        found += values[:1]
-    return found
-
-
-def clean(outcomes: Sequence[Outcome]) -> list[float]:
-    """Return the accuracies (%) on the test set without an attack, one a network."""
-    return [100 * o.result.history[-1].test_accuracy for o in outcomes if o.result and o.result.status == "done"]
-
-
 def variations(outcomes: Sequence[Outcome], *, name: str, caption: str) -> Table:
     """Return accuracies (%) under the five attacks, each choice changed alone, and the paper's (``table5``).
 
     Recorded outcomes of the paper's scale also get the difference to it, as Tables 3 and 4 have the attacks.
     """
-    usual: dict[str, object] = {"clip": False, "precision": None, "scale": None}
+    usual: dict[str, Any] = {"clip": False, "precision": None, "scale": None}
     columns = {
         "not clipped": usual,
         "clipped": usual | {"clip": True},
@@ -131,10 +87,10 @@ def steps_of_cg(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str
     return Table(name, caption, header, tuple(rows), origins(record))
 
 
-def cg_settings(outcomes: Sequence[Outcome]) -> dict[str, dict[str, object]]:
+def cg_settings(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
     """Return the fields that tell the solvers of the sweep apart, by label: numbers of steps, then "exact"."""
-    steps = {attack.cg_steps for attack in _attacks(outcomes) if attack.cg_steps and attack.solver is None}
-    iterated: dict[str, dict[str, object]] = {str(n): {"cg_steps": n, "solver": None} for n in sorted(steps)}
+    steps = {m.attack.cg_steps for m in attacks(outcomes) if m.attack.cg_steps and m.attack.solver is None}
+    iterated: dict[str, dict[str, Any]] = {str(n): {"cg_steps": n, "solver": None} for n in sorted(steps)}
     return iterated | {"exact": {"solver": "exact"}}
 
 
@@ -146,7 +102,7 @@ def equal_size(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str,
     """
     network = live[0].task.spec.model.name
     rows: list[tuple[str, ...]] = []
-    for attack in (None, *_attacks(live)):
+    for attack in (None, *(measure.attack for measure in attacks(live))):
         method = attack.method if attack else "clean"
         label = "none" if attack is None else f"{method}, exact" if attack.solver == "exact" else method
         paper = _published(network, method) if method in ("clean", *ATTACKS) else "–"
@@ -274,11 +230,6 @@ def verdict(model: nn.Module, x: Tensor, classes: Sequence[str]) -> str:
     return f"{classes[int(p.argmax())]} ({p.max():.1%})"
 
 
-def _attacks(outcomes: Sequence[Outcome]) -> list[AttackSpec]:
-    measures = [m for outcome in outcomes for m in outcome.task.measures]
-    return list(dict.fromkeys(m.attack for m in measures if isinstance(m, AttackAccuracy)))
-
-
 def _shown(values: Sequence[float]) -> str:
     return mean_and_spread(values, "{:.1f}")
 
@@ -293,16 +244,20 @@ def _published(network: str, method: str) -> str:
 
 def _interval(outcomes: Sequence[Outcome], attack: AttackSpec | None) -> str:
     """Return the accuracy (%) of one network with its interval, or mean and spread of several; None: unattacked."""
-    found = under(outcomes, attack.method, **_fields(attack)) if attack else clean(outcomes)
-    if len(found) != 1:
-        return _shown(found)
-    sizes = [m.values["n_samples"] for m in outcomes[0].measurements.values() if "n_samples" in m.values]
-    if not sizes:
-        return _shown(found)
-    return _percent(proportion(round(found[0] / 100 * sizes[0]), sizes[0]))
+    if attack is None:
+        values = clean(outcomes)
+        # On the same test set as what was measured of that network under an attack.
+        ended = [o for o in outcomes if clean([o])]
+        tested = [found for m in attacks(ended) for found in attacked(ended, m.attack.method)]
+    else:
+        tested = attacked(outcomes, attack.method, **_fields(attack))
+        values = percentages(tested)
+    if len(values) != 1 or not tested:
+        return _shown(values)
+    return _percent(interval(values[0] / 100, tested[0].values["n_samples"]))
 
 
-def _fields(attack: AttackSpec | None) -> dict[str, object]:
+def _fields(attack: AttackSpec | None) -> dict[str, Any]:
     return {field: getattr(attack, field) for field in ("clip", "solver", "scale", "precision")} if attack else {}
 
 
@@ -310,7 +265,7 @@ def _comparable(outcomes: Sequence[Outcome]) -> bool:
     return bool(outcomes) and papers_own(outcomes)
 
 
-def _difference(network: str, method: str, record: Sequence[Outcome], settings: dict[str, object]) -> tuple[str, ...]:
+def _difference(network: str, method: str, record: Sequence[Outcome], settings: dict[str, Any]) -> tuple[str, ...]:
     """Return the cell with ours - paper of a recorded row, or no cell where the scales differ."""
     if not _comparable(record):
         return ()

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,42 +15,22 @@ from torch import Tensor, nn
 
 from hessnb.curvature import Estimate, HessianOperator, SpectralDensity, input_curvature, lanczos
 from hessnb.data import Split
-from hessnb.experiments.grid import artefact
 from hessnb.experiments.measure import hessian_batch
-from hessnb.experiments.profile import load_profile
 from hessnb.experiments.results import Outcome
-from hessnb.experiments.run import compute
 from hessnb.experiments.spec import AUTOATTACK, AttackAccuracy, Density, RunSpec, Sharpness
-from hessnb.experiments.store import Store
 from hessnb.landscape import random_direction
 from hessnb.paper.adversarial import network_name
-from hessnb.paper.attacks import clean
-from hessnb.paper.large_batch import accuracy, lambda1, seeds
+from hessnb.paper.large_batch import lambda1, seeds
 from hessnb.paper.origins import origins
+from hessnb.paper.outcomes import attacks, clean, interval, percentages, under
 from hessnb.paper.published import published
-from hessnb.paper.recorded import from_record, fullest, recorded_as
+from hessnb.paper.recorded import fullest, recorded_as
 from hessnb.paper.tables import NOT_MEASURED, Table, mean_and_spread
 from hessnb.sharpness import rescaled, stability_bound
-from hessnb.statistics import geometric_mean, proportion
+from hessnb.statistics import geometric_mean
 
 # Eigenvalues nearer to zero than this share of the largest one are not told apart from zero.
 RESOLUTION = 1e-3
-
-
-def live_and_recorded(
-    name: str,
-    *,
-    profile: str = "quick",
-    seeds: int | None = None,
-    device: str = "cpu",
-    store: str | Path | None = None,
-) -> tuple[list[Outcome], list[Outcome]]:
-    """Return what an artefact shows, computing what the store lacks, and what the record holds of it.
-
-    A training that failed is among the outcomes: in a sweep that is a result. Raises InputError for an unknown name.
-    """
-    live = compute(Store(store), artefact(name).tasks(load_profile(profile), seeds), device=device)
-    return live, [outcome for outcome in from_record(name) if outcome.result]
 
 
 def spectral(outcome: Outcome) -> SpectralDensity | None:
@@ -191,15 +170,15 @@ def strong(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, cap
     One network's have Wilson's 95 % interval, several their mean and standard deviation.
     """
     sources = [("live", live), (recorded_as(record), record)]
-    methods = list(dict.fromkeys(m.attack.method for _, outcomes in sources for m in _attacks(outcomes)))
+    methods = list(dict.fromkeys(m.attack.method for _, outcomes in sources for m in attacks(outcomes)))
     rows = []
     for source, outcomes in sources:
         names = dict.fromkeys(network_name(o.task.spec) for o in outcomes)
         # A record may be of other sizes than what is shown live.
-        for eps, network in product(dict.fromkeys(m.attack.eps for m in _attacks(outcomes)), names):
+        for eps, network in product(dict.fromkeys(m.attack.eps for m in attacks(outcomes)), names):
             runs = fullest([o for o in outcomes if network_name(o.task.spec) == network])
-            under = {m.attack.method: _under(runs, m) for m in _attacks(runs) if m.attack.eps == eps}
-            cells = [under.get(method, "–") for method in methods]
+            accuracies = {m.attack.method: _under(runs, m) for m in attacks(runs) if m.attack.eps == eps}
+            cells = [accuracies.get(method, "–") for method in methods]
             rows.append((source, f"{eps:g}", network, mean_and_spread(clean(runs), "{:.1f}"), *cells))
     if not record:
         rows.append(("record", "–", NOT_MEASURED, *["–"] * (1 + len(methods))))
@@ -207,21 +186,16 @@ def strong(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, cap
     return Table(name, caption, header, tuple(rows), origins(record))
 
 
-def _attacks(outcomes: Sequence[Outcome]) -> list[AttackAccuracy]:
-    return [m for o in outcomes[:1] for m in o.task.measures if isinstance(m, AttackAccuracy)]
-
-
 def _words(method: str) -> str:
     return "AutoAttack" if method == AUTOATTACK else method
 
 
 def _under(outcomes: Sequence[Outcome], measure: AttackAccuracy) -> str:
-    found = [o.measurements[measure].values for o in outcomes if measure in o.measurements]
+    found = [o.measurements[measure] for o in outcomes if measure in o.measurements]
     if len(found) != 1:
-        return mean_and_spread([100 * values["accuracy"] for values in found], "{:.1f}")
-    n = found[0]["n_samples"]
-    interval = proportion(round(found[0]["accuracy"] * n), n)
-    return f"{100 * interval.value:.1f} ({100 * interval.low:.1f}–{100 * interval.high:.1f})"
+        return mean_and_spread(percentages(found), "{:.1f}")
+    one = interval(found[0].values["accuracy"], found[0].values["n_samples"])
+    return f"{100 * one.value:.1f} ({100 * one.low:.1f}–{100 * one.high:.1f})"
 
 
 def spread(live: Sequence[Outcome], record: Sequence[Outcome], *, name: str, caption: str) -> Table:
@@ -308,19 +282,12 @@ def variant(spec: RunSpec) -> str:
 
 def under_fgsm(outcomes: Sequence[Outcome], eps: float) -> list[float]:
     """Return the accuracies (%) on the test set under FGSM of this size, clipped, one a network."""
-    return [
-        100 * found.values["accuracy"]
-        for o in outcomes
-        for measure, found in o.measurements.items()
-        if isinstance(measure, AttackAccuracy)
-        and (measure.split, measure.attack.method, measure.attack.eps) == ("test", "FGSM", eps)
-        and (measure.attack.precision, measure.source, measure.n) == (None, None, None)
-    ]
+    return under(outcomes, "FGSM", eps=eps, clip=True, precision=None)
 
 
 def _values(outcomes: Sequence[Outcome], eps: float) -> list[list[float]]:
     """Return accuracies, largest eigenvalues and accuracies under attack."""
-    return [accuracy(outcomes, "test"), lambda1(outcomes, "train"), under_fgsm(outcomes, eps)]
+    return [clean(outcomes), lambda1(outcomes, "train"), under_fgsm(outcomes, eps)]
 
 
 def _compared(outcomes: Sequence[Outcome], eps: float) -> tuple[str, str, str]:
@@ -333,4 +300,4 @@ def _compared(outcomes: Sequence[Outcome], eps: float) -> tuple[str, str, str]:
 
 def _middle(outcomes: Sequence[Outcome]) -> float:
     """Return the size of the attack that seeds and sweeps compare."""
-    return _attacks(outcomes)[0].attack.eps
+    return attacks(outcomes)[0].attack.eps

@@ -13,6 +13,7 @@ import pandas as pd
 from hessnb.experiments.results import Outcome
 from hessnb.experiments.spec import SPLITS, AttackAccuracy, AttackSpec, InputCurvature, SplitName
 from hessnb.paper.origins import origins
+from hessnb.paper.outcomes import clean
 from hessnb.paper.published import published
 from hessnb.paper.recorded import Recorded, papers_own, profiles
 from hessnb.paper.tables import NOT_MEASURED, PROFILE, TOO_FEW, Table, mean_and_spread
@@ -33,7 +34,7 @@ def curvature(table: str, outcomes: Sequence[Outcome], *, name: str, caption: st
     seeds give mean and standard deviation. A cell without a measurement says so. Recorded outcomes also get their
     origins and, where the scale is the paper's, the difference to it (ours - paper, or ours / paper for an eigenvalue).
     """
-    columns: Columns = [("Accuracy %", accuracy, "accuracy", "{:.2f}"), ("λ₁", lambda1, "lambda1", "{:.3g}")]
+    columns: Columns = [("Accuracy %", clean, "accuracy", "{:.2f}"), ("λ₁", lambda1, "lambda1", "{:.3g}")]
     return _table(table, outcomes, columns, name, caption, epochs=True)
 
 
@@ -68,7 +69,7 @@ def iterated(outcomes: Sequence[Outcome], eps: float, *, name: str, caption: str
 
     One row a batch size of one network's ``outcomes``; last, each column's rank correlation with the batch size.
     """
-    columns = {"clean": accuracy, "FGSM": attacked(eps), "FGSM-10": attacked(eps, method="FGSM-10")}
+    columns = {"clean": clean, "FGSM": attacked(eps), "FGSM-10": attacked(eps, method="FGSM-10")}
     from_record = any(isinstance(o, Recorded) for o in outcomes)
     sizes = sorted({o.task.spec.recipe.batch_size for o in outcomes})
     rows = []
@@ -158,12 +159,6 @@ def _pairs(runs: Sequence[Outcome], first: Column, second: Column, split: SplitN
 def _shown(x: Sequence[float], y: Sequence[float]) -> str:
     found = spearman(x, y)
     return TOO_FEW if found is None else f"{found:.2f}"
-
-
-def accuracy(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
-    """Return the accuracies, in per cent, at the end of each training."""
-    ended = [o.result.history[-1] for o in outcomes if o.result and o.result.status == "done"]
-    return [100 * (epoch.train_accuracy if split == "train" else epoch.test_accuracy) for epoch in ended]
 
 
 def input_lambda1(outcomes: Sequence[Outcome], split: SplitName) -> list[float]:
