@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -137,7 +137,21 @@ class AttackSpec(Frozen):
         return f"{self.method}{told}-eps{self.eps:g}{'' if self.clip else '-unclipped'}"
 
 
-class RunSpec(Frozen):
+class _Named(Frozen, ABC):
+    """What runs and measures have: names."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """A short readable name."""
+
+    @property
+    def slug(self) -> str:
+        """The label and the key: a unique name for files and folders."""
+        return f"{self.label}-{self.key}"
+
+
+class RunSpec(_Named):
     """One trained network: which data, which model, which recipe (with its seed).
 
     With ``parent`` it is the network of that run, trained on: under ``attack`` (Algorithm 1), or without, as a control.
@@ -176,25 +190,6 @@ class RunSpec(Frozen):
         """A short readable name, not unique: network, data, batch size, seed."""
         under = f"-{self.attack.method}" if self.attack else "-control" if self.parent else ""
         return f"{self.model.name}-{self.data.name}{under}-b{self.recipe.batch_size}-s{self.recipe.seed}"
-
-    @property
-    def slug(self) -> str:
-        """The label and the key: a unique name for files and folders."""
-        return f"{self.label}-{self.key}"
-
-
-class _Named(Frozen, ABC):
-    """What every measure has: names."""
-
-    @property
-    @abstractmethod
-    def label(self) -> str:
-        """A short readable name."""
-
-    @property
-    def slug(self) -> str:
-        """The label and the key: a unique name for files."""
-        return f"{self.label}-{self.key}"
 
 
 class _Measured(_Named, ABC):
@@ -372,22 +367,12 @@ Measure = (
     | Density
     | Sharpness
 )
-_KINDS: dict[str, type[Measure]] = {
-    "spectrum": Spectrum,
-    "power_iteration": PowerIteration,
-    "input_curvature": InputCurvature,
-    "attack_accuracy": AttackAccuracy,
-    "loss_line": LossLine,
-    "loss_plane": LossPlane,
-    "interpolation": Interpolation,
-    "density": Density,
-    "sharpness": Sharpness,
-}
+_KINDS: dict[str, type[Measure]] = {measure.model_fields["kind"].default: measure for measure in get_args(Measure)}
 
 
 def parse_measure(content: Any, where: str) -> Measure:
     """Return the measure that ``content`` describes; raise InputError naming ``where`` it came from if it is none."""
     kind = content.get("kind") if isinstance(content, dict) else None
     if kind not in _KINDS:
-        raise InputError(f"{where}: unknown kind of measure {kind!r}; there is: {', '.join(_KINDS)}")
+        raise InputError(f"{where}: {unknown('kind of measure', kind, list(_KINDS))}")
     return _KINDS[kind].parse(content, where)
