@@ -227,6 +227,7 @@ def test_second_differences_come_to_the_eigenvalue(store: Store, lines: list[Out
         rows.append((outcome, model, eigenvectors(store, outcome.task.spec, along_this, CPU)[0]))
     train = networks.load_split(lines[0].task.spec, "train", CPU)
     table = landscapes.second_differences(rows, train, name="tab-x", caption="x")
+    assert len(table.rows) == len(lines)
     for row in table.rows:
         assert float(row[-1]) == pytest.approx(
             1.0, abs=2e-3
@@ -285,6 +286,7 @@ def test_contours_run_where_the_loss_has_their_value_with_the_first_eigenvector_
     outcome = with_plane(planes[0], places.tolist(), {"train": steep.tolist(), "test": steep.tolist()})
     (axis, _) = drawn.loss_planes([outcome]).axes
     for contours in axis.collections:
+        assert any(map(len, (ring for rings in contours.allsegs for ring in rings)))  # type: ignore[attr-defined]
         for level, rings in zip(contours.levels, contours.allsegs, strict=True):  # type: ignore[attr-defined]
             for ring in filter(len, rings):
                 assert 2 * ring[:, 0] + 0.5 * ring[:, 1] == pytest.approx(np.full(len(ring), level), abs=1e-6)

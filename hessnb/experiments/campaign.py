@@ -37,7 +37,6 @@ _EPOCHS = {
     "sharpness": 500.0,
     "power_iteration": 1000.0,
 }
-_EPOCHS_OF_OTHERS = 100.0
 
 # A measure that costs at most this many epochs is cheap: it follows its network at once.
 _CHEAP = 10.0
@@ -189,7 +188,7 @@ def ordered(wanted: Sequence[Unit], estimates: Estimates) -> list[Unit]:
             return 0.0
         known = estimates.measure(unit.spec, unit.measure)
         if known is None:
-            known = _EPOCHS.get(unit.measure.kind, _EPOCHS_OF_OTHERS) * (estimates.epoch(unit.spec) or 1.0)
+            known = _EPOCHS[unit.measure.kind] * (estimates.epoch(unit.spec) or 1.0)
         along = [value for value in vars(unit.measure).values() if isinstance(value, Measure)]
         return known + sum(cost(Unit(unit.spec, measure)) for measure in along)
 

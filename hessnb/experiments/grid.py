@@ -173,18 +173,18 @@ def _apart(settings: AdversarialTraining) -> list[AttackSpec]:
 
 
 # Conjugate gradient steps of the sweep; one is the gradient itself.
-CG_STEPS = (1, 2, 3, 5, 10)
+_CG_STEPS = (1, 2, 3, 5, 10)
 
 
 def _cg(settings: AdversarialTraining) -> list[AttackSpec]:
     """Return the second-order attacks after some steps and exactly."""
     attacks = [settings.attack(method) for method in SECOND_ORDER]
-    iterated = [_changed(attack, cg_steps=steps) for attack in attacks for steps in CG_STEPS]
+    iterated = [_changed(attack, cg_steps=steps) for attack in attacks for steps in _CG_STEPS]
     return [*iterated, *(_changed(attack, cg_steps=None, solver="exact") for attack in attacks)]
 
 
 # Multiples of the paper's eps at which the curves are drawn.
-MULTIPLES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+_MULTIPLES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 
 
 def _curves(settings: AdversarialTraining) -> list[AttackSpec]:
@@ -192,7 +192,7 @@ def _curves(settings: AdversarialTraining) -> list[AttackSpec]:
     return [
         _changed(attack, eps=round(multiple * settings.eps, 6), clip=True)
         for attack in _five(settings)
-        for multiple in MULTIPLES
+        for multiple in _MULTIPLES
     ]
 
 

@@ -103,8 +103,7 @@ def publish(source: Results, folder: Path, profile: str, names: Sequence[str] = 
         raise InputError(f"the record holds results of {', '.join(profile_names())}; {profile!r} is none of these")
     changed, refused = [], []
     for outcome in ended(source, names, load_profile(profile)):
-        if outcome.result is None:
-            continue
+        assert outcome.result is not None  # `ended` returns no others
         spec = outcome.task.spec
         if faults := _untold(outcome.result.provenance, spec.recipe.seed):
             refused.append(f"{spec.slug}: {faults[0]}")

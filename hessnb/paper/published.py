@@ -1,8 +1,7 @@
-"""What the paper published: its numbers as tables, accuracies in per cent, and where its parts stand in the book."""
+"""What the paper published: its numbers as tables, accuracies in per cent."""
 
 from __future__ import annotations
 
-import tomllib
 from importlib import resources
 
 import pandas as pd
@@ -22,8 +21,3 @@ def published(name: str) -> pd.DataFrame:
         raise unknown("table of the paper", name, [*LARGE_BATCH, *ADVERSARIAL])
     with (resources.files("hessnb.paper") / f"{name}.csv").open() as file:
         return pd.read_csv(file, index_col=["network", "batch_size"] if name in LARGE_BATCH else "network")
-
-
-def places() -> dict[str, dict[str, list[str]]]:
-    """Return where each table, figure, theorem and equation of the paper stands: its chapters, and the labels there."""
-    return tomllib.loads((resources.files("hessnb.paper") / "places.toml").read_text())
