@@ -24,6 +24,7 @@ from hessnb.experiments.spec import Interpolation, LossLine, Spectrum
 from hessnb.experiments.store import Store
 from hessnb.figures import robust as figures_robust
 from hessnb.models import build, layers
+from hessnb.paper import negative_curvature
 from hessnb.paper import robust_curvature as rc
 from hessnb.paper.adversarial import network_name, of_first_seed
 from hessnb.paper.recorded import Recorded, from_record
@@ -242,7 +243,7 @@ def test_negative_curvature_is_in_the_rest_and_between_layers(digits: Splits) ->
     batches = one.batches(1)
     hessian, ggn = (operator(model, F.cross_entropy, batches).dense() for operator in (HessianOperator, GGNOperator))
     exact = torch.linalg.eigvalsh(hessian)
-    largest, smallest = rc.extremes(model, one)
+    largest, smallest = negative_curvature.extremes(model, one)
     assert largest.eigenvalue == pytest.approx(float(exact[-1]), rel=2e-3)
     assert smallest.eigenvalue == pytest.approx(float(exact[0]), rel=2e-3)
     assert smallest.rest < 0
@@ -252,13 +253,15 @@ def test_negative_curvature_is_in_the_rest_and_between_layers(digits: Splits) ->
     n_negative = int((torch.linalg.eigvalsh(rest) < -1e-12).sum())
     assert n_negative >= 10  # so the Hessian must have some, whatever the Gauss-Newton matrix is:
     assert int((exact < -1e-12).sum()) >= n_negative - 9
-    assert rc.within_layers(model, one, list(layers("M1"))) < 1e-12
+    assert negative_curvature.within_layers(model, one, list(layers("M1"))) < 1e-12
 
 
 def test_gradient_is_that_of_the_mean_loss(digits: Splits, tiny_m1: nn.Module) -> None:
     loss = F.cross_entropy(tiny_m1(digits.train.images), digits.train.labels)
     expected = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(tiny_m1.parameters()))])
-    torch.testing.assert_close(rc._gradient(tiny_m1, digits.train), expected.double(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        negative_curvature._gradient(tiny_m1, digits.train), expected.double(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_smooth_network_has_a_rest_within_its_layers() -> None:
@@ -275,7 +278,7 @@ def test_a_smooth_network_has_a_rest_within_its_layers() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 4, generator=generator, dtype=torch.float64)
     split = Split(x, torch.tensor([0, 1, 2, 0, 1]))
-    assert rc.within_layers(Smooth().double().eval(), split, ["layer"]) > 0.01
+    assert negative_curvature.within_layers(Smooth().double().eval(), split, ["layer"]) > 0.01
 
 
 def test_tables_of_parts_and_of_the_lowest_eigenvalue(store: Store, outcomes: list[Outcome]) -> None:
@@ -283,16 +286,17 @@ def test_tables_of_parts_and_of_the_lowest_eigenvalue(store: Store, outcomes: li
     spec = original.task.spec
     train_set = load_data(spec.data, "cpu").train
     model = trained_model(store, spec)
-    worst = rc.hardest(model, train_set)
+    worst = negative_curvature.hardest(model, train_set)
     with torch.no_grad():
         every = F.cross_entropy(model(train_set.images), train_set.labels, reduction="none")
         assert float(F.cross_entropy(model(worst.images), worst.labels)) == pytest.approx(float(every.max()), rel=1e-4)
     cases = {"1 (a)": rc.picked(train_set, 1, 0), "largest loss": worst}
-    (row, _) = rc.parts_of_curvature(spec, cases, store=store, name="tab-x", caption="x").rows
+    (row, _) = negative_curvature.parts_of_curvature(spec, cases, store=store, name="tab-x", caption="x").rows
     numbers = [float(cell) for cell in row[2:8]]
     assert numbers[0] == pytest.approx(numbers[1] + numbers[2], rel=0.06)
     assert numbers[0] == pytest.approx(max(rc.eigenvalues(original, rc.spectra(outcomes)[0])), rel=0.06)
-    (line,) = rc.lowest_curvature([original], store=store.root, name="tab-x", caption="x").rows
+    assert negative_curvature.lowest_curvature([], name="tab-x", caption="x").rows == ()
+    (line,) = negative_curvature.lowest_curvature([original], store=store.root, name="tab-x", caption="x").rows
     hessian = HessianOperator(model.double(), F.cross_entropy, [(train_set.images.double(), train_set.labels)])
     assert float(line[1]) < 0
     v = torch.randn(hessian.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))

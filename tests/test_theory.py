@@ -7,8 +7,7 @@ from torch import nn
 
 from hessnb import models
 from hessnb.data import Splits
-from hessnb.paper.checks import bend_of_logits, input_eigenvalues, saddle_free, with_activation
-from hessnb.paper.theory import violations
+from hessnb.paper.theory import bend_of_logits, input_eigenvalues, saddle_free, violations, with_activation
 
 
 def diagonal(*rows: list[float]) -> torch.Tensor:

@@ -18,7 +18,6 @@ from hessnb.experiments.results import Outcome
 from hessnb.experiments.spec import LossLine, LossPlane
 from hessnb.landscape import along, random_direction
 from hessnb.models import inference
-from hessnb.paper.numbers import second_derivative
 from hessnb.paper.origins import origins
 from hessnb.paper.recorded import Recorded, profiles
 from hessnb.paper.tables import PROFILE, Table, mean_and_spread
@@ -72,10 +71,31 @@ def rise(outcome: Outcome) -> tuple[list[float], list[float]]:
     return sorted(found), [found[t] for t in sorted(found)]
 
 
+def second_difference(places: Sequence[float], losses: Sequence[float], at: float, *, stride: int = 1) -> float:
+    """Return the second difference of ``losses`` over equally spaced ``places``, about the one nearest to ``at``.
+
+    Its step is ``stride`` places; NaN where it leaves the line.
+    """
+    i = min(range(len(places)), key=lambda j: abs(places[j] - at))
+    if not stride <= i < len(places) - stride:
+        return math.nan
+    step = places[i + stride] - places[i]
+    return (losses[i - stride] - 2 * losses[i] + losses[i + stride]) / step**2
+
+
+def second_derivative(places: Sequence[float], losses: Sequence[float], at: float) -> float:
+    """Return the second derivative of ``losses`` over equally spaced ``places`` at the one nearest to ``at``.
+
+    From five places; for a smooth loss the error falls with the fourth power of their spacing.
+    """
+    near, far = (second_difference(places, losses, at, stride=stride) for stride in (1, 2))
+    return (4 * near - far) / 3
+
+
 def curvature(outcome: Outcome, key: str) -> float | None:
     """Return the second derivative at 0 of a set's loss along the dominant eigenvector, or None if not measured.
 
-    From the five losses next to 0 on the shortest line; see `hessnb.paper.numbers.second_derivative`.
+    From the five losses next to 0 on the shortest line; see `second_derivative`.
     """
     values = _line(outcome, min)
     return second_derivative(values["positions"], values["losses"][key], 0.0) if values else None

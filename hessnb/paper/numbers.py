@@ -38,6 +38,7 @@ from hessnb.experiments.spec import (
     Spectrum,
 )
 from hessnb.paper.adversarial import network_name
+from hessnb.paper.landscapes import second_derivative, second_difference
 from hessnb.paper.published import ADVERSARIAL, LARGE_BATCH, published
 from hessnb.paper.recorded import Recorded
 
@@ -135,24 +136,3 @@ def _lines(measure: LossLine | Interpolation, values: dict[str, Any]) -> Row:
         return {f"curvature_{of}": second_derivative(places, losses, 0.0) for of, losses in drawn}
     ends = {"start": 0.0, "end": 1.0}
     return {f"{name}_{of}": second_difference(places, losses, at) for name, at in ends.items() for of, losses in drawn}
-
-
-def second_difference(places: Sequence[float], losses: Sequence[float], at: float, *, stride: int = 1) -> float:
-    """Return the second difference of ``losses`` over equally spaced ``places``, about the one nearest to ``at``.
-
-    Its step is ``stride`` places; NaN where it leaves the line.
-    """
-    i = min(range(len(places)), key=lambda j: abs(places[j] - at))
-    if not stride <= i < len(places) - stride:
-        return math.nan
-    step = places[i + stride] - places[i]
-    return (losses[i - stride] - 2 * losses[i] + losses[i + stride]) / step**2
-
-
-def second_derivative(places: Sequence[float], losses: Sequence[float], at: float) -> float:
-    """Return the second derivative of ``losses`` over equally spaced ``places`` at the one nearest to ``at``.
-
-    From five places; for a smooth loss the error falls with the fourth power of their spacing.
-    """
-    near, far = (second_difference(places, losses, at, stride=stride) for stride in (1, 2))
-    return (4 * near - far) / 3
