@@ -27,7 +27,8 @@ from hessnb.experiments.spec import DataSpec, Density, InputCurvature, ModelSpec
 from hessnb.experiments.store import Spent, Store
 from hessnb.paper import large_batch
 from hessnb.paper.published import published as published_table
-from hessnb.paper.tables import NOT_MEASURED, mean_and_spread, stopping
+from hessnb.paper.spectra import stopping
+from hessnb.paper.tables import NOT_MEASURED, mean_and_spread
 from hessnb.training import Epoch, Recipe, State
 
 

@@ -8,9 +8,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hessnb import data, models
-from hessnb.experiments.results import Outcome
-from hessnb.experiments.spec import PowerIteration, Spectrum
 from hessnb.paper.origins import HEADER, Origin
 
 NOT_MEASURED = "not measured yet"
@@ -18,6 +15,9 @@ TOO_FEW = "too few"
 
 # What stands where a number is missing.
 STAND_INS = NOT_MEASURED, TOO_FEW
+
+# For the numbers of eigenvalues.
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 # The title of a last column that names the scale at which each row was recorded.
 PROFILE = "Profile"
@@ -129,94 +129,3 @@ def _shown(value: float, form: str) -> str:
     """Return a number in a form; a large one written out: 5,830 for 5.83e+03."""
     text = form.format(value)
     return f"{float(text):,.0f}" if "e+" in text and abs(value) < 1e6 else text
-
-
-def table6() -> Table:
-    """Return Table 6 as it is built here: each network's input, layers, and weights as counted in the built network."""
-    rows = []
-    for name in models.MODELS:
-        model = models.build(name)
-        shape = " × ".join(map(str, models.INPUT_SHAPES[name]))
-        rows.append((name, shape, _LAYERS[name], f"{models.parameter_count(model):,}"))
-    return Table(
-        "tab-models",
-        "The networks of the paper's Table 6 as they are built here, with the weights counted. k × k, c is a "
-        "convolution with c channels, max-pool 3/2 has a window of 3 and a stride of 2, a number alone is a fully "
-        "connected layer of so many units, BN is batch normalisation; all activations are ReLU.",
-        ("Network", "Input", "Layers", "Weights"),
-        tuple(rows),
-    )
-
-
-def data_sets(names: Sequence[str]) -> Table:
-    """Return what each data set holds, counted in the loaded tensors; one that is not on this machine says so."""
-    rows = []
-    for name in names:
-        if data.where(name) is None:
-            rows.append((name, "not on this machine", *["–"] * 4))
-            continue
-        splits = data.load(name)
-        shape = " × ".join(map(str, splits.train.images.shape[1:]))
-        mean = splits.train.images.mean().item()
-        counts = (f"{len(splits.train):,}", f"{len(splits.test):,}")
-        rows.append((name, shape, *counts, f"{len(splits.classes)}", f"{mean:.3f}"))
-    return Table(
-        "tab-data",
-        "The data sets that were at hand when this page was made. Pixels are in [0, 1]; their mean says how "
-        "dark a set is.",
-        ("Set", "Image", "Training", "Test", "Classes", "Mean pixel"),
-        tuple(rows),
-    )
-
-
-def stopping(outcome: Outcome, *, name: str, caption: str) -> Table:
-    """Return the eigenvalues of a network by power and by Lanczos iteration, with residuals and products."""
-    power = next(m for measure, m in outcome.measurements.items() if isinstance(measure, PowerIteration)).values
-    spectra = {
-        measure.k: m.values
-        for measure, m in outcome.measurements.items()
-        if isinstance(measure, Spectrum)
-        and (measure.split, measure.parameters, measure.samples) == ("train", None, None)
-    }
-    certified = spectra[max(spectra)]
-    rows = []
-    for i, value in enumerate(power["eigenvalues"]):
-        exact = certified["eigenvalues"][i]
-        rows.append(
-            (
-                f"λ{i + 1}".translate(SUBSCRIPTS),
-                f"{value:.5g}",
-                f"{power['residuals'][i]:.0e}",
-                f"{exact:.5g}",
-                f"{certified['residuals'][i]:.0e}",
-                f"{abs(value - exact) / abs(exact):.0e}",
-            )
-        )
-    pairs = f"{len(power['eigenvalues'])} pairs", f"{len(certified['eigenvalues'])} pairs"
-    rows.append(("Products", str(power["n_matvecs"]), pairs[0], str(certified["n_matvecs"]), pairs[1], ""))
-    header = ("", "Power iteration", "Residual", "Lanczos", "Residual", "Error of the first")
-    return Table(name, caption, header, tuple(rows))
-
-
-def layer_shares(blocks: Sequence[Outcome], whole: Sequence[Outcome], *, name: str, caption: str) -> Table:
-    """Return the dominant eigenvalue of each layer's block in parts of the whole Hessian's, one row a network."""
-    largest = {o.task.spec: o.eigenvalues("train")[0] for o in whole if o.eigenvalues("train")}
-    names: dict[str, str] = {}
-    rows = []
-    for block in blocks:
-        spec = block.task.spec
-        names = models.layers(spec.model.name, variant=spec.model.variant)
-        shares = [f"{block.eigenvalues('train', layer)[0] / largest[spec]:.0%}" for layer in names]
-        rows.append((str(spec.recipe.batch_size), f"{largest[spec]:.3g}", *shares))
-    return Table(name, caption, ("Batch", "λ₁, whole", *names.values()), tuple(rows))
-
-
-SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-
-_LAYERS = {
-    "M1": "5 × 5, 20 – max-pool 2 – 5 × 5, 50 – max-pool 2 – 500 – 10",
-    "C1": "5 × 5, 64 – BN – max-pool 3/2 – 5 × 5, 64 – BN – max-pool 3/2 – 384 – 192 – 10",
-    "C2": "(3 × 3, 64 – BN) twice – max-pool 2 – (3 × 3, 128 – BN) twice – max-pool 2 – 256 – 256 – 10",
-    "C3": "(3 × 3, 64) twice – max-pool 2 – (3 × 3, 128) twice – max-pool 2 – 256 – 256 – 10",
-    "CR": "3 × 3, 16 – BN – three stages of three residual blocks, 16, 32, 64 – average-pool – 100",
-}
