@@ -130,7 +130,7 @@ def test_logarithmic_axis_has_plain_labels_unless_two_powers_of_ten_are_in_view(
 ) -> None:
     (axis, _) = grid(2)[1]
     axis.set(yscale="log", ylim=(low, high))
-    plain_log_labels(axis)
+    plain_log_labels(axis.yaxis)
     axis.figure.canvas.draw()
     ticks = [tick for which in ("major", "minor") for tick in axis.yaxis.get_ticklabels(which=which)]
     shown = {

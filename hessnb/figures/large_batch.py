@@ -81,7 +81,7 @@ def spectra(outcomes: Sequence[Outcome]) -> Figure:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             low, high = axis.get_ylim()
             axis.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend
-            plain_log_labels(axis)
+            plain_log_labels(axis.yaxis)
             axis.legend(ncols=2, fontsize=9)
         axes[0].set_ylabel("eigenvalue of the training Hessian")
     return figure

@@ -102,6 +102,8 @@ def few_against_all(networks: Mapping[str, Sequence[Outcome]]) -> Figure:
                 continue
             ends = min(v for v in every if v > 0), max(every)
             axis.loglog(ends, ends, color="#777777", linewidth=1, zorder=0)
+            for side in (axis.xaxis, axis.yaxis):
+                plain_log_labels(side)
         legend(figure, labels, columns=4)
         name_axes(figure, "eigenvalue over all samples", "over few samples")
     return figure
@@ -127,7 +129,7 @@ def _lines(
                 for place in (0, 1):
                     axis.axvline(place, color="#777777", linewidth=0.8, zorder=0)
             axis.margins(x=0)
-            plain_log_labels(axis)
+            plain_log_labels(axis.yaxis)
         legend_of_sets(figure, sets)
         name_axes(figure, x, "loss")
     return figure
@@ -137,7 +139,7 @@ def _signed_log(axis: Axes, values: Sequence[float]) -> None:
     """Set a logarithmic axis; with values of both signs, one to both sides of zero, and linear close to it."""
     if min(values) > 0:
         axis.set_yscale("log")
-        plain_log_labels(axis)
+        plain_log_labels(axis.yaxis)
         return
     magnitudes = [abs(v) for v in values if v]
     top = math.ceil(math.log10(max(magnitudes)))

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -145,16 +146,16 @@ def over_seeds(axis: Axes, points: Sequence[tuple[float, float]], *, marker: str
         axis.plot(*zip(*several, strict=True), linestyle="none", marker="_", markersize=9, color=color)
 
 
-def plain_log_labels(axis: Axes) -> None:
-    """Write 0.2, 0.5 and 1 on a logarithmic y-axis on which fewer than two whole powers of ten are in view."""
-    powers = axis.yaxis.get_major_formatter()
+def plain_log_labels(axis: Axis) -> None:
+    """Write 0.2, 0.5 and 1 on a logarithmic axis on which fewer than two whole powers of ten are in view."""
+    powers = axis.get_major_formatter()
 
     def is_short() -> bool:
-        low, high = map(math.log10, axis.get_ylim())
+        low, high = (math.log10(end) for end in axis.get_view_interval())
         return math.floor(high) - math.ceil(low) < 1
 
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, at: f"{v:g}" if is_short() else powers(v, at)))
-    axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if is_short() and f"{v:e}"[0] in "235" else ""))
+    axis.set_major_formatter(FuncFormatter(lambda v, at: f"{v:g}" if is_short() else powers(v, at)))
+    axis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if is_short() and f"{v:e}"[0] in "235" else ""))
 
 
 def absent(axis: Axes) -> None:
