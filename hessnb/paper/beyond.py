@@ -61,7 +61,7 @@ def densities(outcomes: Sequence[Outcome], top: Sequence[Outcome], classes: int,
         negative = found.share(-float("inf"), below)
         mass = found.trace_of(lambda t: (-t).clamp_min(0.0)).value / (sum(known) + size.value)
         share = f"{sum(exact[: classes - 1]) / trace.value:.0%}" if len(exact) >= classes else NOT_MEASURED
-        cells = (_error(trace, "{:.3g}"), share, _drop(exact), _error(negative, "{:.1%}"), f"{mass:.1%}")
+        cells = (_error(trace, "{:.3g}", "{:.2g}"), share, _drop(exact), _error(negative, "{:.1%}"), f"{mass:.1%}")
         rows.append((str(outcome.task.spec.recipe.batch_size), *cells))
     rows = rows or [(NOT_MEASURED, *["–"] * 5)]
     header = ("Batch", "trace", f"first {classes - 1}, of the trace", "largest drop", "negative", "negative part")
@@ -75,9 +75,10 @@ def _below(density: SpectralDensity, known: Sequence[float], f: Callable[[Tensor
     return density.trace_of(lambda t: f(t) * (t < end))
 
 
-def _error(found: Estimate, form: str) -> str:
-    """Return an estimate with its standard error, where it has one."""
-    return form.format(found.value) + (f" ± {form.format(found.error)}" if found.error == found.error else "")
+def _error(found: Estimate, form: str, of_error: str | None = None) -> str:
+    """Return an estimate with its standard error, where it has one, which may have a form of its own."""
+    told = form.format(found.value)
+    return told if math.isnan(found.error) else f"{told} ± {(of_error or form).format(found.error)}"
 
 
 def _drop(eigenvalues: Sequence[float]) -> str:
