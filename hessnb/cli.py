@@ -44,6 +44,15 @@ class _Place(click.Path):
         return super().convert(value, param, ctx)
 
 
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Raise InputError, naming the extra to install, for a package that the body imports and that is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(f"this command needs the package {error.name}: pip install 'hessnb[{name}]'") from error
+
+
 store_option = click.option(
     "--store",
     type=_Place(),
@@ -245,7 +254,8 @@ def book_command(
     whose source, package, parameters, data sets and record are unchanged, and the libraries' versions, does not run
     again. When one fails, or Jupyter Book warns, the last good HTML stays.
     """
-    from hessnb import book  # papermill and Sphinx are needed for this command alone
+    with _extra("book"):  # papermill and Sphinx are needed for this command alone
+        from hessnb import book
 
     data.check_device(device)
     # Kernels run in the notebooks' folder.
@@ -266,7 +276,8 @@ def notebooks_group() -> None:
 @notebooks_group.command("sync")
 def notebooks_sync() -> None:
     """Write each .ipynb anew from its .md, where it differs."""
-    from hessnb import notebooks
+    with _extra("book"):
+        from hessnb import notebooks
 
     for path in notebooks.sync(_project()):
         _say(f"wrote {path}")
@@ -275,7 +286,8 @@ def notebooks_sync() -> None:
 @notebooks_group.command("check")
 def notebooks_check() -> None:
     """Exit with 2 when a pair differs, a cell is too long, or a cell holds what belongs into the package."""
-    from hessnb import notebooks
+    with _extra("book"):
+        from hessnb import notebooks
 
     if faults := notebooks.check(_project()):
         raise InputError("; ".join(faults))

@@ -279,6 +279,15 @@ def test_read_only_store_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
     assert len([line for line in shown.stderr.splitlines() if line.startswith("hessnb:")]) == 1
 
 
+@pytest.mark.parametrize("command", [["book"], ["notebooks", "sync"], ["notebooks", "check"]], ids=" ".join)
+def test_command_without_its_extra_names_it(command: list[str]) -> None:
+    hidden = "import sys; sys.modules['nbformat'] = None; from hessnb.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", hidden, *command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nbformat: pip install 'hessnb[book]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_module_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "hessnb", "--version"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
