@@ -275,7 +275,7 @@ def load_profile(name: str | Path) -> Profile:
         raise unknown("profile", str(name), [*profile_names(), "a path that ends in .toml"])
     path = Path(name)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"profile {path} cannot be read: {error}") from error
     return _parsed(path.stem, text, path)
@@ -283,7 +283,7 @@ def load_profile(name: str | Path) -> Profile:
 
 @cache
 def _packaged(name: str) -> Profile:
-    text = (resources.files("hessnb.experiments") / "profiles" / f"{name}.toml").read_text()
+    text = (resources.files("hessnb.experiments") / "profiles" / f"{name}.toml").read_text(encoding="utf-8")
     return _parsed(name, text, name)
 
 
