@@ -45,12 +45,12 @@ class _Place(click.Path):
 
 
 @contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Raise InputError, naming the extra to install, for a package that the body imports and that is not there."""
+def _extra_of_the_book() -> Iterator[None]:
+    """Raise InputError, naming what to install, for a package that the body imports and that is not there."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise InputError(f"this command needs the package {error.name}: pip install 'hessnb[{name}]'") from error
+        raise InputError(f"this command needs the package {error.name}: pip install 'hessnb[book]'") from error
 
 
 store_option = click.option(
@@ -254,7 +254,7 @@ def book_command(
     whose source, package, parameters, data sets and record are unchanged, and the libraries' versions, does not run
     again. When one fails, or Jupyter Book warns, the last good HTML stays.
     """
-    with _extra("book"):  # papermill and Sphinx are needed for this command alone
+    with _extra_of_the_book():  # papermill and Sphinx are needed for this command alone
         from hessnb import book
 
     data.check_device(device)
@@ -276,7 +276,7 @@ def notebooks_group() -> None:
 @notebooks_group.command("sync")
 def notebooks_sync() -> None:
     """Write each .ipynb anew from its .md, where it differs."""
-    with _extra("book"):
+    with _extra_of_the_book():
         from hessnb import notebooks
 
     for path in notebooks.sync(_project()):
@@ -286,7 +286,7 @@ def notebooks_sync() -> None:
 @notebooks_group.command("check")
 def notebooks_check() -> None:
     """Exit with 2 when a pair differs, a cell is too long, or a cell holds what belongs into the package."""
-    with _extra("book"):
+    with _extra_of_the_book():
         from hessnb import notebooks
 
     if faults := notebooks.check(_project()):

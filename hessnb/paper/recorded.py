@@ -54,8 +54,7 @@ def from_record(name: str, *, network: str | None = None, folder: Path | None = 
     found = [(profile, o) for profile in PROFILES for o in (recorded(name, profile, root) if root else [])]
     seeds = sorted({o.task.spec.recipe.seed for _, o in found} | {0})
     chosen: list[Recorded] = []
-    loaded = {p: load_profile(p) for p in PROFILES}
-    planned = {p: [t for s in seeds for t in artefact(name).tasks_of_seed(loaded[p], s)] for p in PROFILES}
+    planned = {p: [t for s in seeds for t in artefact(name).tasks_of_seed(load_profile(p), s)] for p in PROFILES}
     for wanted in dict.fromkeys(task.spec.model.name for task in planned["paper"]):
         if network in (None, wanted):
             scales = ([t for t in planned[profile] if t.spec.model.name == wanted] for profile in PROFILES)
